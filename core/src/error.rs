@@ -1,0 +1,1 @@
+//! The umbrella error over the rooms' own.
