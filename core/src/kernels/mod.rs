@@ -1,1 +1,19 @@
-//! (room)
+//! Arithmetic on plain `f32` buffers: one small door per kernel, the fast path chosen at run time, the slow twin beside it in the tests.
+//!
+//! Everything is row-major. Shape letters as everywhere: `t` rows (tokens), `d` hidden, `h` query heads, `g` key/value heads,
+//! `e` head_dim, `f` MLP width, `s` cached tokens, `v` vocabulary. Threads come from a [`Pool`] that the caller owns;
+//! nothing here spawns, and no other pool is touched.
+
+mod attention;
+mod matmul;
+mod pointwise;
+mod pool;
+mod simd;
+
+pub use attention::{attention, attention_backward, AttentionGrad, AttentionShape, Span};
+pub use matmul::{matmul, matmul_nt_small, Mat, MatMut};
+pub use pointwise::{
+    add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward, RopeTable,
+};
+pub use pool::{quiet_thread, Pool, SharedMut};
+pub use simd::{axpy, dot, features, Features};

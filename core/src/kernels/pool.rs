@@ -1,0 +1,250 @@
+//! The one thread pool: sized by an argument, silent when idle, a good guest in another program's process.
+
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+
+/// A set of worker threads that run one loop at a time on behalf of the thread that owns the pool.
+///
+/// The owner works too, so `Pool::new(1)` starts no thread. Workers sleep on a condition variable when there is no work; they
+/// never spin. All signals are blocked in them, so a host's handlers run where the host expects them.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    threads: usize,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+    done: Condvar,
+    next: AtomicUsize,
+}
+
+#[derive(Default)]
+struct State {
+    /// Counts loops; a worker that sees a new number joins that loop.
+    epoch: u64,
+    job: Option<Job>,
+    parts: usize,
+    running: usize,
+    panicked: bool,
+    stop: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    call: unsafe fn(*const (), usize),
+    data: *const (),
+}
+
+// SAFETY: the pointer is only used between the start and the end of `Pool::run`, which keeps the closure alive and requires it to be `Sync`.
+unsafe impl Send for Job {}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller's included; 0 counts as 1. `nice` is added to the workers' niceness (Linux), so
+    /// that a background job gives way to the host and to serving.
+    pub fn new(threads: usize, nice: i32) -> Self {
+        let threads = threads.max(1);
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State::default()),
+            work: Condvar::new(),
+            done: Condvar::new(),
+            next: AtomicUsize::new(0),
+        });
+        let workers = (1..threads)
+            .filter_map(|i| {
+                let shared = shared.clone();
+                std::thread::Builder::new()
+                    .name(format!("locum-pool-{i}"))
+                    .spawn(move || {
+                        quiet_thread(nice);
+                        worker(&shared)
+                    })
+                    .ok()
+            })
+            .collect();
+        Self { shared, workers, threads }
+    }
+
+    /// Threads that take part in a loop, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs `body(0), ..., body(parts - 1)`, in any order, on all threads, and returns when all are done.
+    /// Must be called by one thread at a time. A panic in a part is raised again here after the others have finished.
+    pub fn run<F: Fn(usize) + Sync>(&self, parts: usize, body: F) {
+        if parts <= 1 || self.workers.is_empty() {
+            (0..parts).for_each(body);
+            return;
+        }
+        unsafe fn call<F: Fn(usize) + Sync>(data: *const (), part: usize) {
+            // SAFETY: `data` is the `&F` that `run` holds until every part has been run.
+            unsafe { (*(data as *const F))(part) }
+        }
+        self.shared.next.store(0, Ordering::Relaxed);
+        {
+            let mut state = self.shared.state.lock().unwrap_or_else(|e| e.into_inner());
+            state.epoch += 1;
+            state.parts = parts;
+            state.job = Some(Job { call: call::<F>, data: &body as *const F as *const () });
+            state.panicked = false;
+        }
+        if parts == 2 {
+            self.shared.work.notify_one();
+        } else {
+            self.shared.work.notify_all();
+        }
+        let mine = catch_unwind(AssertUnwindSafe(|| loop {
+            let part = self.shared.next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                break;
+            }
+            body(part);
+        }));
+        // Parts that nobody has begun must not be begun after a panic of ours.
+        self.shared.next.store(usize::MAX / 2, Ordering::Relaxed);
+        let mut state = self.shared.state.lock().unwrap_or_else(|e| e.into_inner());
+        state.job = None;
+        while state.running > 0 {
+            state = self.shared.done.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        let theirs = state.panicked;
+        drop(state);
+        if let Err(panic) = mine {
+            resume_unwind(panic);
+        }
+        assert!(!theirs, "a pool thread panicked inside a kernel");
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.state.lock().unwrap_or_else(|e| e.into_inner()).stop = true;
+        self.shared.work.notify_all();
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+    }
+}
+
+fn worker(shared: &Shared) {
+    let mut seen = 0;
+    loop {
+        let (job, parts) = {
+            let mut state = shared.state.lock().unwrap_or_else(|e| e.into_inner());
+            loop {
+                if state.stop {
+                    return;
+                }
+                if state.epoch != seen {
+                    seen = state.epoch;
+                    // The owner may already have finished the whole loop by itself.
+                    if let Some(job) = state.job {
+                        state.running += 1;
+                        break (job, state.parts);
+                    }
+                }
+                state = shared.work.wait(state).unwrap_or_else(|e| e.into_inner());
+            }
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| loop {
+            let part = shared.next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                break;
+            }
+            // SAFETY: the owner is still inside `run`: it waits for `running` to fall to 0, and this thread counted itself in
+            // under the lock while the job was still posted.
+            unsafe { (job.call)(job.data, part) };
+        }));
+        let mut state = shared.state.lock().unwrap_or_else(|e| e.into_inner());
+        state.running -= 1;
+        state.panicked |= result.is_err();
+        if state.running == 0 {
+            shared.done.notify_one();
+        }
+    }
+}
+
+/// Blocks all signals in the calling thread and lowers its priority by `nice`. For threads that Locum starts in a host's process.
+pub fn quiet_thread(nice: i32) {
+    // SAFETY: plain system calls on this thread with valid pointers to local values.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
+        #[cfg(target_os = "linux")]
+        if nice != 0 {
+            let tid = libc::syscall(libc::SYS_gettid) as libc::id_t;
+            libc::setpriority(libc::PRIO_PROCESS, tid, nice);
+        }
+    }
+    let _ = nice;
+}
+
+/// A mutable slice that several parts of one [`Pool::run`] write to in places that do not overlap.
+pub struct SharedMut<'a, T> {
+    ptr: *mut T,
+    len: usize,
+    _life: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: access goes through `slice`, whose caller promises that ranges do not overlap between threads.
+unsafe impl<T: Send> Send for SharedMut<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
+
+impl<'a, T> SharedMut<'a, T> {
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Self { ptr: slice.as_mut_ptr(), len: slice.len(), _life: std::marker::PhantomData }
+    }
+
+    /// The elements `start..start + len`.
+    ///
+    /// # Safety
+    /// No two live slices obtained from this value may overlap.
+    ///
+    /// # Panics
+    /// If the range is outside the slice.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start, "range {start}+{len} outside {}", self.len);
+        // SAFETY: in range by the line above; not aliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
+    }
+
+    /// Pointer to the first element, for kernels that address a strided matrix.
+    pub fn as_ptr(&self) -> *mut T {
+        self.ptr
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_runs_exactly_once() {
+        let pool = Pool::new(4, 0);
+        for parts in [0, 1, 2, 3, 17, 1000] {
+            let mut counts = vec![0u32; parts];
+            let shared = SharedMut::new(&mut counts);
+            pool.run(parts, |i| unsafe { shared.slice(i, 1)[0] += 1 });
+            assert!(counts.iter().all(|&c| c == 1), "{parts} parts");
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_part_reaches_the_caller_and_leaves_the_pool_usable() {
+        let pool = Pool::new(3, 0);
+        let result = catch_unwind(AssertUnwindSafe(|| pool.run(50, |i| assert!(i != 20, "part 20"))));
+        assert!(result.is_err());
+        let total = AtomicUsize::new(0);
+        pool.run(50, |i| {
+            total.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(total.into_inner(), 49 * 50 / 2);
+    }
+}

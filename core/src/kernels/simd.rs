@@ -1,0 +1,147 @@
+//! Dot product and friends on `f32`, with AVX-512, AVX2+FMA and scalar forms chosen once at run time.
+
+use std::sync::OnceLock;
+
+/// What the processor offers, as far as Locum's kernels care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Features {
+    pub avx2_fma: bool,
+    pub avx512: bool,
+    pub avx512_vnni: bool,
+    pub avx512_bf16: bool,
+}
+
+/// The processor's features, read once.
+pub fn features() -> Features {
+    static FEATURES: OnceLock<Features> = OnceLock::new();
+    *FEATURES.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            Features {
+                avx2_fma: is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+                avx512: is_x86_feature_detected!("avx512f"),
+                avx512_vnni: is_x86_feature_detected!("avx512vnni"),
+                avx512_bf16: is_x86_feature_detected!("avx512bf16"),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            Features { avx2_fma: false, avx512: false, avx512_vnni: false, avx512_bf16: false }
+        }
+    })
+}
+
+/// `Σ a[i] b[i]`.
+///
+/// # Panics
+/// If the lengths differ.
+#[inline]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    #[cfg(target_arch = "x86_64")]
+    {
+        let f = features();
+        if f.avx512 {
+            // SAFETY: the feature was detected; the lengths are equal.
+            return unsafe { dot_avx512(a, b) };
+        }
+        if f.avx2_fma {
+            // SAFETY: the features were detected; the lengths are equal.
+            return unsafe { dot_avx2(a, b) };
+        }
+    }
+    dot_scalar(a, b)
+}
+
+/// `y[i] += alpha x[i]`.
+///
+/// # Panics
+/// If the lengths differ.
+#[inline]
+pub fn axpy(alpha: f32, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len());
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += alpha * x;
+    }
+}
+
+pub(super) fn dot_scalar(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(x, y)| x * y).sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
+    use std::arch::x86_64::*;
+    let n = a.len();
+    let (pa, pb) = (a.as_ptr(), b.as_ptr());
+    let mut acc = [_mm512_setzero_ps(); 4];
+    let mut i = 0;
+    // SAFETY: every load is within `n` elements, masked at the end.
+    unsafe {
+        while i + 64 <= n {
+            for (j, acc) in acc.iter_mut().enumerate() {
+                let at = i + 16 * j;
+                *acc = _mm512_fmadd_ps(_mm512_loadu_ps(pa.add(at)), _mm512_loadu_ps(pb.add(at)), *acc);
+            }
+            i += 64;
+        }
+        while i < n {
+            let left = n - i;
+            let mask: __mmask16 = if left >= 16 { !0 } else { (1u16 << left) - 1 };
+            acc[0] = _mm512_fmadd_ps(
+                _mm512_maskz_loadu_ps(mask, pa.add(i)),
+                _mm512_maskz_loadu_ps(mask, pb.add(i)),
+                acc[0],
+            );
+            i += 16;
+        }
+    }
+    let sum = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
+    _mm512_reduce_add_ps(sum)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
+    use std::arch::x86_64::*;
+    let n = a.len();
+    let (pa, pb) = (a.as_ptr(), b.as_ptr());
+    let mut acc = [_mm256_setzero_ps(); 4];
+    let mut i = 0;
+    let mut out = [0f32; 8];
+    // SAFETY: every load is within `n` elements.
+    unsafe {
+        while i + 32 <= n {
+            for (j, acc) in acc.iter_mut().enumerate() {
+                let at = i + 8 * j;
+                *acc = _mm256_fmadd_ps(_mm256_loadu_ps(pa.add(at)), _mm256_loadu_ps(pb.add(at)), *acc);
+            }
+            i += 32;
+        }
+        let sum = _mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3]));
+        _mm256_storeu_ps(out.as_mut_ptr(), sum);
+    }
+    out.iter().sum::<f32>() + dot_scalar(&a[i..], &b[i..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_dot_product_agrees_with_the_scalar_one() {
+        for n in [0, 1, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 576, 1536, 1537] {
+            let a: Vec<f32> = (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
+            let b: Vec<f32> = (0..n).map(|i| ((i * 53 % 97) as f32 - 48.0) / 48.0).collect();
+            let want = a.iter().zip(&b).map(|(x, y)| *x as f64 * *y as f64).sum::<f64>() as f32;
+            let close = |got: f32| assert!((got - want).abs() <= 1e-4 * (1.0 + want.abs()), "{n}: {got} {want}");
+            close(dot(&a, &b));
+            close(dot_scalar(&a, &b));
+            #[cfg(target_arch = "x86_64")]
+            if features().avx2_fma {
+                close(unsafe { dot_avx2(&a, &b) });
+            }
+        }
+    }
+}
