@@ -28,3 +28,5 @@ pub const DEFAULT_DEADLINE_MS: u32 = 30_000;
 pub const MAX_CONFIG_BYTES: u64 = 64 << 20;
 /// Bytes that KV caches kept for prefix reuse may take.
 pub const MAX_PREFIX_CACHE_BYTES: usize = 256 << 20;
+/// Largest file that an import reads, in bytes.
+pub const MAX_IMPORT_BYTES: u64 = 1 << 30;

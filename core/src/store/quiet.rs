@@ -1,0 +1,78 @@
+//! Threads that never run the host's signal handlers.
+
+use std::io;
+use std::thread::{Builder, JoinHandle};
+
+/// Starts a named thread with every signal blocked, so that the host's handlers run on the host's threads.
+///
+/// # Errors
+/// What the operating system says when it cannot start a thread.
+pub fn spawn_quiet<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    // A thread inherits the mask of the one that starts it; blocked only inside the new thread, a
+    // signal could arrive before.
+    let _blocked = Blocked::all();
+    Builder::new().name(name.into()).spawn(run)
+}
+
+/// All signals blocked on this thread until dropped.
+struct Blocked {
+    #[cfg(unix)]
+    before: libc::sigset_t,
+}
+
+impl Blocked {
+    #[cfg(unix)]
+    fn all() -> Self {
+        // SAFETY: both sets are local and initialised by the calls that fill them; `pthread_sigmask`
+        // changes only the mask of the calling thread and does not keep the pointers.
+        unsafe {
+            let mut all = std::mem::zeroed();
+            let mut before = std::mem::zeroed();
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+            Self { before }
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn all() -> Self {
+        Self {}
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        // SAFETY: `before` was filled by `pthread_sigmask` and outlives the call.
+        #[cfg(unix)]
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut());
+        }
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn mask_has(signal: i32) -> bool {
+        // SAFETY: reads this thread's mask into a local set.
+        unsafe {
+            let mut now = std::mem::zeroed();
+            libc::pthread_sigmask(libc::SIG_SETMASK, std::ptr::null(), &mut now);
+            libc::sigismember(&now, signal) == 1
+        }
+    }
+
+    #[test]
+    fn a_quiet_thread_blocks_signals_and_its_starter_does_not() {
+        let inside = spawn_quiet("quiet", || {
+            mask_has(libc::SIGTERM) && mask_has(libc::SIGINT)
+        })
+        .unwrap();
+        assert!(inside.join().unwrap());
+        assert!(!mask_has(libc::SIGTERM));
+    }
+}

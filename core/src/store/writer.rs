@@ -1,0 +1,452 @@
+//! The one thread that writes: takes whatever is queued, commits it together, and keeps what cannot be
+//! written yet until it can.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use rusqlite::{params, Connection, ErrorCode, TransactionBehavior};
+
+use super::database::explain;
+use super::rows::{self, Tally};
+use super::sessions::{self, Session};
+use super::{now_ms, JsonTable, Record, StoreError};
+use crate::episode::EpisodeId;
+
+/// Most records of one commit: large enough to share the disk's wait, small enough that it stays short.
+const GROUP: usize = 256;
+/// Time without work after which the write-ahead log is moved into the database.
+const IDLE: Duration = Duration::from_millis(100);
+/// Time between attempts while the disk refuses.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// What the writer is asked for.
+pub enum Command {
+    Record {
+        record: Record,
+        bytes: usize,
+    },
+    /// Answered once everything before it is durable, or cannot be made so now.
+    Flush(Sender<Result<(), StoreError>>),
+    /// Writes (or, without a value, removes) a document; answered like a flush.
+    Put {
+        table: JsonTable,
+        id: String,
+        value: Option<String>,
+        reply: Sender<Result<(), StoreError>>,
+    },
+    Stop(Sender<Result<(), StoreError>>),
+}
+
+/// What waits for the writer; shared with the threads that record.
+#[derive(Default)]
+pub struct Load {
+    pub records: AtomicUsize,
+    pub bytes: AtomicUsize,
+}
+
+/// How the writer is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Records made durable since the store was opened.
+    pub written: u64,
+    /// Commits that the disk or the database refused.
+    pub failed_commits: u64,
+    /// Records that do not fit what is stored (a step twice, an unknown episode); their episodes are marked incomplete.
+    pub refused: u64,
+    /// Sentence of the last refusal.
+    pub last_refusal: Option<String>,
+    /// Sentence of the failure that holds the queue up now; `None` while writing works.
+    pub failing: Option<String>,
+}
+
+pub struct Writer {
+    db: Connection,
+    path: PathBuf,
+    session: Session,
+    receiver: Receiver<Command>,
+    load: Arc<Load>,
+    health: Arc<Mutex<Health>>,
+    /// Numbers of the episodes being recorded.
+    known: HashMap<EpisodeId, i64>,
+    /// Accepted and not yet durable, oldest first.
+    pending: Vec<(Record, usize)>,
+    tried: Option<Instant>,
+    unchecked: bool,
+}
+
+impl Writer {
+    pub fn new(
+        db: Connection,
+        path: PathBuf,
+        session: Session,
+        receiver: Receiver<Command>,
+        load: Arc<Load>,
+        health: Arc<Mutex<Health>>,
+    ) -> Self {
+        let (known, pending) = (HashMap::new(), Vec::new());
+        Self {
+            db,
+            path,
+            session,
+            receiver,
+            load,
+            health,
+            known,
+            pending,
+            tried: None,
+            unchecked: false,
+        }
+    }
+
+    /// Works until told to stop, or until every sender is gone.
+    pub fn run(mut self) {
+        loop {
+            let next = match (self.pending.is_empty(), self.unchecked) {
+                (false, _) => self.receiver.recv_timeout(RETRY),
+                (true, true) => self.receiver.recv_timeout(IDLE),
+                (true, false) => self
+                    .receiver
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match next {
+                Ok(command) => {
+                    if let Some(reply) = self.work(command) {
+                        let _ = reply.send(self.finish());
+                        return;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) if !self.pending.is_empty() => {
+                    let _ = self.write();
+                }
+                Err(RecvTimeoutError::Timeout) => self.checkpoint(),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let _ = self.finish();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes what is queued behind `first` too, writes it, answers; returns who asked for the end.
+    fn work(&mut self, first: Command) -> Option<Sender<Result<(), StoreError>>> {
+        let mut waiting: Vec<Sender<Result<(), StoreError>>> = Vec::new();
+        let mut next = Some(first);
+        let mut stop = None;
+        let mut put = None;
+        while let Some(command) = next {
+            match command {
+                Command::Record { record, bytes } => self.pending.push((record, bytes)),
+                Command::Flush(reply) => waiting.push(reply),
+                Command::Put {
+                    table,
+                    id,
+                    value,
+                    reply,
+                } => {
+                    put = Some((table, id, value, reply));
+                    break;
+                }
+                Command::Stop(reply) => {
+                    stop = Some(reply);
+                    break;
+                }
+            }
+            next = if self.pending.len() < GROUP {
+                self.receiver.try_recv().ok()
+            } else {
+                None
+            };
+        }
+        let asked = !waiting.is_empty() || put.is_some();
+        // While the disk refuses, a new record alone is no reason to ask it again at once.
+        let rest = self.tried.is_some_and(|at| at.elapsed() < RETRY);
+        let result = if rest && !asked { Ok(()) } else { self.write() };
+        for reply in waiting {
+            let _ = reply.send(self.answer(&result));
+        }
+        if let Some((table, id, value, reply)) = put {
+            let _ = reply.send(result.and_then(|()| self.put(table, &id, value.as_deref())));
+        }
+        stop
+    }
+
+    fn answer(&self, result: &Result<(), StoreError>) -> Result<(), StoreError> {
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) => Err(error.again(&self.path)),
+        }
+    }
+
+    /// Makes everything pending durable, or leaves all that is not durable where it is.
+    fn write(&mut self) -> Result<(), StoreError> {
+        while !self.pending.is_empty() {
+            let n = self.pending.len().min(GROUP);
+            match self.commit(n) {
+                Ok(refusals) => {
+                    let bytes = self.pending.drain(..n).map(|(_, bytes)| bytes).sum();
+                    self.load.records.fetch_sub(n, Ordering::Relaxed);
+                    self.load.bytes.fetch_sub(bytes, Ordering::Relaxed);
+                    self.tried = None;
+                    self.unchecked = true;
+                    let mut health = self.health();
+                    health.written += (n - refusals.len()) as u64;
+                    health.refused += refusals.len() as u64;
+                    health.failing = None;
+                    for refusal in refusals {
+                        tracing::warn!(%refusal, "a record was refused");
+                        health.last_refusal = Some(refusal);
+                    }
+                }
+                Err(error) => {
+                    self.known.clear();
+                    self.tried = Some(Instant::now());
+                    let error = explain(&self.path, error);
+                    let mut health = self.health();
+                    health.failed_commits += 1;
+                    let sentence = error.to_string();
+                    if health.failing.as_ref() != Some(&sentence) {
+                        tracing::error!(error = %sentence, waiting = self.pending.len(), "recording is held up");
+                    }
+                    health.failing = Some(sentence);
+                    drop(health);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
+        // The values are plain, so they are sound even if a holder panicked.
+        self.health
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Writes the first `n` pending records in one transaction. Returns the sentences of those refused.
+    fn commit(&mut self, n: usize) -> rusqlite::Result<Vec<String>> {
+        let tx = self
+            .db
+            .transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let mut refusals = Vec::new();
+        let mut tallies: HashMap<i64, Tally> = HashMap::new();
+        for (record, _) in &self.pending[..n] {
+            tx.prepare_cached("SAVEPOINT one")?.execute([])?;
+            let done = apply(
+                &tx,
+                &mut self.known,
+                &mut tallies,
+                record,
+                self.session.number,
+            );
+            let refusal = match done {
+                Ok(None) => None,
+                Ok(Some(refusal)) => Some(refusal),
+                Err(error) if is_own_fault(&error) => Some(format!(
+                    "{} of episode {}: {error}",
+                    record.kind(),
+                    record.episode()
+                )),
+                Err(error) => return Err(error),
+            };
+            if let Some(refusal) = refusal {
+                tx.prepare_cached("ROLLBACK TO one")?.execute([])?;
+                if record.loses_a_step() {
+                    if let Some(episode) = rows::find(&tx, record.episode())? {
+                        sessions::mark_incomplete(&tx, episode, &refusal)?;
+                    }
+                }
+                refusals.push(refusal);
+            }
+            tx.prepare_cached("RELEASE one")?.execute([])?;
+        }
+        for (episode, tally) in &tallies {
+            rows::add_tally(&tx, *episode, tally)?;
+        }
+        tx.commit()?;
+        Ok(refusals)
+    }
+
+    fn put(&mut self, table: JsonTable, id: &str, value: Option<&str>) -> Result<(), StoreError> {
+        let done = match value {
+            Some(value) => self
+                .db
+                .prepare_cached(
+                    "INSERT INTO documents (kind, id, value, updated_at_ms) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (kind, id) DO UPDATE SET value=excluded.value, updated_at_ms=excluded.updated_at_ms",
+                )
+                .and_then(|mut s| s.execute(params![table.name(), id, value, now_ms() as i64])),
+            None => self
+                .db
+                .prepare_cached("DELETE FROM documents WHERE kind=?1 AND id=?2")
+                .and_then(|mut s| s.execute(params![table.name(), id])),
+        };
+        let done = done.map(|_| ()).map_err(|error| explain(&self.path, error));
+        match &done {
+            Ok(()) => self.unchecked = true,
+            Err(error) => {
+                tracing::error!(error = %error, kind = table.name(), "a document was not written");
+                self.health().failed_commits += 1;
+            }
+        }
+        done
+    }
+
+    /// Moves the write-ahead log into the database while nobody waits. A reader may hold it up; the next idle time tries again.
+    fn checkpoint(&mut self) {
+        self.unchecked = false;
+        if let Err(error) = self
+            .db
+            .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))
+        {
+            tracing::debug!(%error, "checkpoint put off");
+        }
+    }
+
+    /// Writes what is left, settles the episodes left open, gives the session back.
+    fn finish(mut self) -> Result<(), StoreError> {
+        let written = self.write();
+        let Self {
+            mut db,
+            path,
+            session,
+            pending,
+            ..
+        } = self;
+        if let Err(error) = written {
+            // The lock goes with this thread, so the next open settles the session.
+            return Err(StoreError::Lost {
+                records: pending.len(),
+                cause: error.to_string(),
+            });
+        }
+        let settled = db
+            .transaction_with_behavior(TransactionBehavior::Immediate)
+            .and_then(|tx| {
+                sessions::settle(
+                    &tx,
+                    session.number,
+                    "the store was closed before the episode ended",
+                    now_ms(),
+                )?;
+                tx.commit()
+            });
+        // Closing the last connection checkpoints and removes the log; the session's lock goes after it.
+        drop(db);
+        settled.map_err(|error| explain(&path, error))?;
+        session.end();
+        Ok(())
+    }
+}
+
+/// True for errors that the record itself causes and that would come again on every attempt.
+fn is_own_fault(error: &rusqlite::Error) -> bool {
+    match error {
+        rusqlite::Error::SqliteFailure(failure, _) => matches!(
+            failure.code,
+            ErrorCode::ConstraintViolation
+                | ErrorCode::TooBig
+                | ErrorCode::TypeMismatch
+                | ErrorCode::ParameterOutOfRange
+        ),
+        rusqlite::Error::ToSqlConversionFailure(_) => true,
+        _ => false,
+    }
+}
+
+/// Writes one record; `Some` is the sentence why it does not fit what is stored.
+fn apply(
+    db: &Connection,
+    known: &mut HashMap<EpisodeId, i64>,
+    tallies: &mut HashMap<i64, Tally>,
+    record: &Record,
+    session: i64,
+) -> rusqlite::Result<Option<String>> {
+    let id = record.episode();
+    if let Record::Begin(episode) = record {
+        let Some(number) = rows::insert_episode(db, episode, Some(session))? else {
+            return Ok(Some(format!("episode {id} was begun twice")));
+        };
+        let mut tally = Tally::default();
+        for step in &episode.steps {
+            rows::insert_step(db, number, step)?;
+            tally.add(step);
+        }
+        if let Some(outcome) = &episode.outcome {
+            rows::insert_outcome(db, number, outcome, now_ms())?;
+        }
+        if tally.steps > 0 {
+            tallies.insert(number, tally);
+        }
+        if !episode.closed {
+            known.insert(id, number);
+        }
+        return Ok(None);
+    }
+    let number = match known.get(&id) {
+        Some(number) => *number,
+        None => match rows::find(db, id)? {
+            Some(number) => number,
+            None => {
+                return Ok(Some(format!(
+                    "{} of episode {id}, which was never begun or was dropped",
+                    record.kind()
+                )))
+            }
+        },
+    };
+    match record {
+        Record::Begin(_) => unreachable!("handled above"),
+        Record::Step { step, .. } => {
+            // Open episodes are known, so this asks the database only about those that are not.
+            if !known.contains_key(&id) {
+                let mut select =
+                    db.prepare_cached("SELECT closed FROM episodes WHERE episode=?1")?;
+                if select.query_row([number], |row| row.get::<_, bool>(0))? {
+                    return Ok(Some(format!(
+                        "step {} of episode {id}, which is closed",
+                        step.index
+                    )));
+                }
+                known.insert(id, number);
+            }
+            rows::insert_step(db, number, step)?;
+            tallies.entry(number).or_default().add(step);
+        }
+        Record::Observation {
+            step, observation, ..
+        } => {
+            if !rows::append_observation(db, number, *step, observation)? {
+                return Ok(Some(format!(
+                    "an observation of step {step} of episode {id}, which has no such step"
+                )));
+            }
+        }
+        Record::Counterfactual { step, value, .. } => {
+            if !rows::set_counterfactual(db, number, *step, value)? {
+                return Ok(Some(format!(
+                    "a counterfactual of step {step} of episode {id}, which has no such step"
+                )));
+            }
+        }
+        Record::Outcome { outcome, close, .. } => {
+            rows::insert_outcome(db, number, outcome, now_ms())?;
+            if *close {
+                sessions::close(db, number, now_ms())?;
+                known.remove(&id);
+            }
+        }
+        Record::Incomplete { reason, .. } => sessions::mark_incomplete(db, number, reason)?,
+        Record::Drop { .. } => {
+            rows::delete_episode(db, number)?;
+            tallies.remove(&number);
+            known.remove(&id);
+        }
+    }
+    Ok(None)
+}
