@@ -30,3 +30,7 @@ pub const MAX_CONFIG_BYTES: u64 = 64 << 20;
 pub const MAX_PREFIX_CACHE_BYTES: usize = 256 << 20;
 /// Largest file that an import reads, in bytes.
 pub const MAX_IMPORT_BYTES: u64 = 1 << 30;
+/// Bytes of one tool's parameter schema.
+pub const MAX_TOOL_SPEC_BYTES: usize = 256 << 10;
+/// Tool calls in one reply.
+pub const MAX_CALLS: usize = 16;
