@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -35,6 +36,7 @@ class Display:
             return
         stamped = f"{clock(time.monotonic() - self._started):>6}  {text}"
         if self._moving:
+            stamped = stamped[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be written over
             sys.stderr.write("\r" + stamped.ljust(self._width))
             self._width = len(stamped)
         elif time.monotonic() - self._last_plain >= PLAIN_EVERY_SECONDS:

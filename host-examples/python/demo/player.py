@@ -120,7 +120,9 @@ class Crew:
     time). `pace` is how long each rests after an episode, in seconds; set it at any time.
     """
 
-    def __init__(self, make: Callable[[], Player], threads: int, seeds: Iterable[int], limit: int, done: Callable[[Played], None], keep: bool = True) -> None:
+    def __init__(
+        self, make: Callable[[], Player], threads: int, seeds: Iterable[int], limit: int, done: Callable[[Played], None], keep: bool = True
+    ) -> None:
         self.pace = 0.0
         self.error: Exception | None = None
         self._make, self._seeds, self._limit, self._done, self._keep = make, iter(seeds), limit, done, keep

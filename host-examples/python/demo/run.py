@@ -27,8 +27,8 @@ except ModuleNotFoundError:  # run from a checkout: the package is beside this f
     sys.path.insert(0, str(HERE.parent))
     import locum
 
-from locum import JobStatus, Locum, LocumError, ModelError, NotFound
-from locum._progress import line as progress_line
+from locum import JobStatus, Locum, LocumError, ModelError, NotFound  # noqa: E402
+from locum._progress import line as progress_line  # noqa: E402
 
 # Seeds that never meet: what the teacher teaches, the trial of a candidate, the final test.
 RECORD_SEEDS, TRIAL_SEEDS, TEST_SEEDS = 200_000, 400_000, 60_000
@@ -87,7 +87,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--level", default="GoToLocal", help="any BabyAI level by its name (default: GoToLocal)")
     p.add_argument("--teacher", metavar="MODULE:FACTORY", help="makes a LangChain chat model; default: the environment's bot, derailing")
     p.add_argument("--store", type=Path, metavar="DIR", help="default: .cache/demo/LEVEL")
-    p.add_argument("--base", type=Path, metavar="DIR", help="Hugging Face folder of the base model; default: the one imported into the store")
+    p.add_argument(
+        "--base", type=Path, metavar="DIR", help="Hugging Face folder of the base model; default: the one imported into the store"
+    )
     p.add_argument("--fresh", action="store_true", help="forget what an earlier run left in the store")
     p.add_argument("--episodes", type=int, metavar="N", help="episodes of the teacher to record before distilling")
     p.add_argument("--train-seconds", type=float, metavar="S", help="length of the distillation")
@@ -405,7 +407,9 @@ def _dismiss(crew: Any) -> None:
     if crew is not None:
         crew.stop()
         if crew.error is not None:
-            raise Stop(f"playing stopped after several errors in a row, the last: {type(crew.error).__name__}: {crew.error}") from crew.error
+            raise Stop(
+                f"playing stopped after several errors in a row, the last: {type(crew.error).__name__}: {crew.error}"
+            ) from crew.error
 
 
 def _fresh(first: int, played: list[Any]) -> Iterable[int]:

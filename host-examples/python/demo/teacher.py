@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import json
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any

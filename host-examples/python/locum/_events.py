@@ -83,7 +83,7 @@ class Events:
         watching = self._watch(loop)
         if not watching:  # no descriptor, or a loop that cannot watch one (Windows' proactor)
             wait_ms = max(1, int(timeout * 1000))
-            return await asyncio.to_thread(self._library.locum_call_wait, call, wait_ms) != _ffi.PENDING
+            return bool(await asyncio.to_thread(self._library.locum_call_wait, call, wait_ms) != _ffi.PENDING)
         done = asyncio.Event()
 
         def notify() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import Any, TextIO
 
@@ -26,6 +27,7 @@ class Progress:
         if self._notebook is not None:
             self._notebook(text)
         elif self._moving:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be written over
             self._stream.write("\r" + text.ljust(self._width))
             self._stream.flush()
             self._width = len(text)

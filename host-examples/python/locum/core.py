@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import byref, c_uint8, c_uint64
+from ctypes import byref, c_uint8, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -267,7 +267,7 @@ class Locum:
         if not raw:
             raise LocumError("this library makes no report", code="LOCUM_E_UNSUPPORTED")
         extension = _ffi.ReportExtension.from_address(raw)
-        data, error = _ffi.Bytes(), _ffi.c_void_p()
+        data, error = _ffi.Bytes(), c_void_p()
         status = extension.html(self._live(), byref(data), byref(error))
         self._lib.raise_for(status, error, "the report")
         html = self._lib.take(data).decode("utf-8", "replace")
@@ -529,7 +529,9 @@ class Job:
         """Stops it soon; what is not finished is thrown away. A finished job is not changed."""
         self._locum.library.call("locum_distil_cancel", self._locum._live(), self.number)
 
-    def wait(self, until: str = "trained", *, timeout: float | None = None, progress: bool = True, stream: TextIO | None = None) -> JobStatus:
+    def wait(
+        self, until: str = "trained", *, timeout: float | None = None, progress: bool = True, stream: TextIO | None = None
+    ) -> JobStatus:
         """Waits until the job is "trained" (the student exists and its trial on live episodes begins) or "ended".
 
         A trial ends only through live episodes, so wait for "ended" only where others go on playing. Shows a progress line:
@@ -550,7 +552,9 @@ class Job:
             if bar:
                 bar.close()
 
-    async def wait_async(self, until: str = "trained", *, timeout: float | None = None, progress: bool = True, stream: TextIO | None = None) -> JobStatus:
+    async def wait_async(
+        self, until: str = "trained", *, timeout: float | None = None, progress: bool = True, stream: TextIO | None = None
+    ) -> JobStatus:
         """`wait` without blocking the event loop."""
         import asyncio
 
@@ -609,7 +613,7 @@ def _request(
 
 
 def _outcome(success: bool | str | None, score: float | None, reason: str, details: Mapping[str, Any] | None) -> Any:
-    status = {True: "success", False: "failure", None: "unknown"}.get(success, success)  # type: ignore[call-overload]
+    status = success if isinstance(success, str) else {True: "success", False: "failure", None: "unknown"}[success]
     if status not in _ffi.OUTCOMES:
         raise LocumError(f"outcome {success!r}: True, False, None, 'partial' or 'aborted' is expected", code="LOCUM_E_ARGUMENT")
     return _ffi.Outcome.made(

@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -363,7 +363,7 @@ class LocumMiddleware(AgentMiddleware):
 
 def _openai(message: BaseMessage | dict[str, Any]) -> dict[str, Any]:
     """One message in OpenAI's form."""
-    converted: dict[str, Any] = convert_to_openai_messages(message)  # type: ignore[assignment]
+    converted: dict[str, Any] = convert_to_openai_messages(message)
     if converted.get("tool_calls") and converted.get("content") == "":
         converted["content"] = None  # LangChain has no null content; a call without words is not an empty text
     return converted

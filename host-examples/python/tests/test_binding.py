@@ -29,7 +29,11 @@ TOOLS = [
         "function": {
             "name": "act",
             "description": "Take one step.",
-            "parameters": {"type": "object", "properties": {"action": {"type": "string", "enum": ["left", "right"]}}, "required": ["action"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"action": {"type": "string", "enum": ["left", "right"]}},
+                "required": ["action"],
+            },
         },
     }
 ]
@@ -67,7 +71,9 @@ class Declarations(unittest.TestCase):
             "import sys, time; t = time.process_time(); import locum; t = time.process_time() - t\n"
             "print(t); print([m for m in ('langchain', 'langgraph', 'langchain_core', 'asyncio', 'numpy') if m in sys.modules])"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HEADER.parents[2] / "host-examples" / "python")
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HEADER.parents[2] / "host-examples" / "python"
+        )
         seconds, modules = done.stdout.splitlines()
         self.assertLess(float(seconds), 0.1)
         self.assertEqual(modules, "[]")
@@ -179,7 +185,9 @@ class Recording(WithStore):
             "e = l.episode('t'); e.message({'role': 'user', 'content': '?'}); e.outcome(True)\n"
         )
         root = str(Path(locum.__file__).parents[1])
-        subprocess.run([sys.executable, "-c", code, str(self.store)], check=True, env={**os.environ, "PYTHONPATH": root, "LOCUM_LIBRARY": str(LIBRARY)})
+        subprocess.run(
+            [sys.executable, "-c", code, str(self.store)], check=True, env={**os.environ, "PYTHONPATH": root, "LOCUM_LIBRARY": str(LIBRARY)}
+        )
         with Locum(self.store) as here:
             self.assertEqual(here.stats()["successes"], 1)
 

@@ -86,7 +86,12 @@ class WeakTeacher(unittest.TestCase):
 
     def test_another_teacher_is_loaded_by_module_and_factory(self) -> None:
         self.assertIsInstance(teacher.load("teacher:DerailingBot"), teacher.DerailingBot)
-        for spec, wrong in (("teacher", "module:factory"), ("no_such_module:x", "no_such_module"), ("teacher:x", "x"), ("builtins:dict", "dict")):
+        for spec, wrong in (
+            ("teacher", "module:factory"),
+            ("no_such_module:x", "no_such_module"),
+            ("teacher:x", "x"),
+            ("builtins:dict", "dict"),
+        ):
             with self.assertRaisesRegex(ValueError, wrong):
                 teacher.load(spec)
 

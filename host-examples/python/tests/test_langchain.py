@@ -87,7 +87,11 @@ class Recording(unittest.TestCase):
         locum = FakeLocum()
         teacher = Teacher(lines=[AIMessage(content="", tool_calls=[call("lead")]), AIMessage(content="Done.")])
         middleware = LocumMiddleware(locum)
-        history = [HumanMessage("?"), AIMessage(content="", tool_calls=[call("air")]), ToolMessage("too light", tool_call_id="c1", status="error")]
+        history = [
+            HumanMessage("?"),
+            AIMessage(content="", tool_calls=[call("air")]),
+            ToolMessage("too light", tool_call_id="c1", status="error"),
+        ]
         agent_with(middleware, teacher).invoke({"messages": history})
         self.assertEqual([about["is_error"] for m, about in locum.episodes[0].messages if m["role"] == "tool"], [True, False])
 
@@ -259,7 +263,10 @@ class Conversion(unittest.TestCase):
         check = self.assertEqual
         check(_openai(SystemMessage("s")), {"role": "system", "content": "s"})
         check(_openai(HumanMessage("u")), {"role": "user", "content": "u"})
-        check(_openai(ToolMessage("t", tool_call_id="c1", name="weigh")), {"role": "tool", "tool_call_id": "c1", "name": "weigh", "content": "t"})
+        check(
+            _openai(ToolMessage("t", tool_call_id="c1", name="weigh")),
+            {"role": "tool", "tool_call_id": "c1", "name": "weigh", "content": "t"},
+        )
         made = _openai(AIMessage(content="", tool_calls=[call("ü")]))
         check(json.loads(made["tool_calls"][0]["function"]["arguments"]), {"thing": "ü"})
         check(_openai({"role": "user", "content": "u"}), {"role": "user", "content": "u"})
