@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -144,6 +145,7 @@ class Crew:
                 played = player.play(seed, self._limit, self._keep)
             except Exception as e:  # the user's own teacher failed, or the store did: a few are borne
                 with self._lock:
+                    self._seeds = itertools.chain([seed], self._seeds)
                     self._failures += 1
                     if self._failures >= MAX_FAILURES:
                         self.error = e

@@ -142,6 +142,22 @@ class Playing(unittest.TestCase):
         self.assertEqual(sorted(p.seed for p in results), list(range(200_000, 200_012)))
         self.assertTrue(all(e.ended for e in locum.episodes))
 
+    def test_an_episode_that_failed_by_an_error_is_played_again(self) -> None:
+        tries, results = [], []
+
+        class Shaky:
+            def play(self, seed: int, limit: int, keep: bool) -> Played:
+                tries.append(seed)
+                if len(tries) == 2:
+                    raise OSError("just once")
+                return Played(seed, True, 1)
+
+        crew = Crew(Shaky, 1, range(3), 11, results.append)  # type: ignore[arg-type]
+        while crew.working:
+            pass
+        self.assertEqual(tries, [0, 1, 1, 2])
+        self.assertEqual([p.seed for p in results], [0, 1, 2])
+
     def test_a_teacher_that_keeps_failing_stops_the_crew_with_its_error(self) -> None:
         def broken() -> Player:
             raise ConnectionError("no network")
