@@ -31,7 +31,7 @@ class Events:
     def __init__(self, library: _ffi.Library, handle: int) -> None:
         self._library, self._handle = library, handle
         self._lock = threading.Lock()
-        self._waiting: dict[int, list[Callable[[], None]]] = {}
+        self._waiting: list[Callable[[], None]] = []
         self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._closed = False
         # How many waiters a loop has; it watches the descriptor while there is one.
@@ -41,15 +41,16 @@ class Events:
         self._fd = os.dup(fd) if fd >= 0 else -1
 
     def drain(self) -> None:
-        """Takes what the library has: wakes those who wait for a call, keeps the rest for `take`."""
+        """Takes what the library has: wakes those who wait for calls, keeps the rest for `take`."""
         wake: list[Callable[[], None]] = []
         with self._lock:
             raw = _ffi.Event.made()
             while not self._closed and self._library.locum_next_event(self._handle, byref(raw)) == _ffi.OK:
                 detail = _object(self._library.take(raw.detail))
                 event = Event(raw.kind, str(detail.get("name", "")), raw.subject, raw.number, detail)
-                if event.kind == CALL_DONE:  # nobody awaits it here if it was waited for in a thread
-                    wake += self._waiting.pop(event.subject, [])
+                if event.kind == CALL_DONE:
+                    # Everybody looks again: waking one too many costs a microsecond, waking the wrong one a quarter second.
+                    wake += self._waiting
                 else:
                     self._kept.append(event)
                 raw = _ffi.Event.made()
@@ -92,7 +93,7 @@ class Events:
 
         try:
             with self._lock:
-                self._waiting.setdefault(call, []).append(notify)
+                self._waiting.append(notify)
             deadline = loop.time() + timeout
             while self._library.locum_call_wait(call, 0) == _ffi.PENDING:
                 left = deadline - loop.time()
@@ -104,7 +105,7 @@ class Events:
             return True
         finally:
             with self._lock:
-                self._waiting.pop(call, None)
+                self._waiting.remove(notify)
             self._unwatch(loop)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> bool:
@@ -129,8 +130,7 @@ class Events:
         """Wakes everybody; they find their call gone. The descriptor is closed with the last watcher."""
         with self._lock:
             self._closed = True
-            wake = [notify for waiting in self._waiting.values() for notify in waiting]
-            self._waiting.clear()
+            wake = list(self._waiting)
         for notify in wake:
             notify()
         self._release()

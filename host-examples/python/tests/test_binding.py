@@ -12,6 +12,7 @@ import threading
 import unittest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import locum
 from locum import JobStatus, Locum, LocumError, _ffi
@@ -103,6 +104,20 @@ class ProgressLine(unittest.TestCase):
             bar.show(JobStatus(state="training", progress=percent / 100))
         bar.close()
         self.assertEqual(out.getvalue().count("\n"), 1)
+
+    def test_in_a_notebook_it_replaces_one_output(self) -> None:
+        shown: list[str] = []
+        Shell = type("ZMQInteractiveShell", (), {})
+        handle = mock.Mock(update=lambda html: shown.append(html))
+        display = mock.Mock(HTML=lambda text: text, display=mock.Mock(return_value=handle))
+        with mock.patch.dict(sys.modules, {"IPython": mock.Mock(get_ipython=Shell), "IPython.display": display}):
+            bar = Progress()
+            bar.show(self.STATUS)
+            bar.show(JobStatus(state="failed", message="1 < 2"))
+            bar.close()
+        self.assertEqual(len(shown), 2)
+        self.assertIn("training", shown[0])
+        self.assertIn("1 &lt; 2", shown[1])
 
 
 class WithStore(unittest.TestCase):
