@@ -50,11 +50,11 @@
  * FORK. A child of fork() may not use the parent's handles: every function answers LOCUM_E_FORKED, frees nothing and
  *   touches no file. The child may call locum_open for itself.
  *
- * PROCESS. The library starts no thread before the first locum_open, installs no signal handler (its threads block all
- *   signals), writes nothing to stdout or stderr, changes no environment variable, directory or locale, and exports nothing
- *   but locum_*. It stays mapped after dlclose. It brings its own SQLite and its own Lua, invisible from outside: do not open
- *   files inside the store directory with another SQLite of this process, since two copies break each other's file locks.
- *   There is no security boundary between a library and its process.
+ * PROCESS. The library starts no thread before the first locum_open or locum_set_log, installs no signal handler (its
+ *   threads block all signals), writes nothing to stdout or stderr, changes no environment variable, directory or locale,
+ *   and exports nothing but locum_*. It stays mapped after dlclose. It brings its own SQLite and its own Lua, invisible from
+ *   outside: do not open files inside the store directory with another SQLite of this process, since two copies break each
+ *   other's file locks. There is no security boundary between a library and its process.
  */
 #ifndef LOCUM_H
 #define LOCUM_H
@@ -112,8 +112,10 @@ enum {
 
 /* locum_options.flags */
 enum {
-  LOCUM_OPEN_READ_ONLY = 1,   /* look only: recording is answered LOCUM_E_UNSUPPORTED       */
-  LOCUM_OPEN_NO_LEARNING = 2  /* record and serve, but start no distillation in this process */
+  LOCUM_OPEN_READ_ONLY = 1,   /* look only: what would change the store is answered LOCUM_E_UNSUPPORTED, no model is
+                                 loaded, and a store that is not there is not made                               */
+  LOCUM_OPEN_NO_LEARNING = 2, /* record and serve, but start no distillation in this process                     */
+  LOCUM_OPEN_NO_MODEL = 4     /* record only: no model is loaded, the teacher plays everything                   */
 };
 
 typedef struct {
@@ -194,7 +196,7 @@ typedef struct {
 
 /* locum_request.flags */
 enum {
-  LOCUM_REQUEST_GREEDY = 1,         /* always the most likely token; temperature and seed are ignored            */
+  LOCUM_REQUEST_GREEDY = 1,         /* always the most likely token, whatever `temperature` says                  */
   LOCUM_REQUEST_CALL_REQUIRED = 2   /* the answer must be a tool call (tool_choice "required"); without it plain
                                        text is allowed too (tool_choice "auto")                                  */
 };
@@ -207,10 +209,29 @@ typedef struct {
   locum_str tools_json;     /* array of OpenAI tools, at most 256; empty = those of locum_episode_begin     */
   uint32_t max_tokens;      /* of the reply; 0 = 256                                                        */
   uint32_t deadline_ms;     /* an answer later than this is "ask the teacher"; 0 = 30000                    */
-  float temperature;        /* 0 = default of the policy                                                    */
+  float temperature;        /* 0 = what the policy sets, or else always the most likely token               */
   uint32_t reserved;        /* 0 */
   uint64_t seed;            /* of sampling; the same request with the same seed gives the same answer       */
 } locum_request;
+
+/* locum_decision.reason_code. Unknown values may come from newer libraries. */
+enum {
+  LOCUM_REASON_POLICY = 0,               /* the policy decided                                                      */
+  LOCUM_REASON_NO_STUDENT = 1,           /* there is no student, or no model at all                                 */
+  LOCUM_REASON_SHADOW = 2,               /* a candidate only watches so far                                         */
+  LOCUM_REASON_CANARY_TEACHER = 3,       /* a candidate is on trial and this episode is the teacher's               */
+  LOCUM_REASON_CANARY_STUDENT = 4,       /* ... and this one is the candidate's                                     */
+  LOCUM_REASON_PROMOTED = 5,             /* the student has proved itself                                           */
+  LOCUM_REASON_PINNED = 6,               /* locum_student_use said so                                               */
+  LOCUM_REASON_BAD_REQUEST = 7,
+  LOCUM_REASON_TOOLS_INEXPRESSIBLE = 8,  /* a tool specification that no grammar can be made of                     */
+  LOCUM_REASON_PROMPT_TOO_LONG = 9,
+  LOCUM_REASON_VIEW_MISMATCH = 10,       /* the student learned under another view than the policy declares         */
+  LOCUM_REASON_LATE = 11,
+  LOCUM_REASON_REFUSED = 12,             /* the policy refused the student's answer                                 */
+  LOCUM_REASON_FAULT = 13,               /* something in here failed                                                */
+  LOCUM_REASON_CLOSED = 14
+};
 
 /* locum_decision.who: zero is the teacher, so that a zeroed struct is the safe answer */
 enum { LOCUM_WHO_TEACHER = 0, LOCUM_WHO_STUDENT = 1 };
@@ -224,6 +245,18 @@ typedef struct {
   int32_t reason_code;      /* stable number for programs: LOCUM_REASON_*                                   */
   char reason[100];         /* the same for people, NUL-terminated, cut at a character; nothing to free     */
 } locum_decision;
+
+/* locum_event.kind, with what `subject` names */
+enum {
+  LOCUM_EVENT_CALL_DONE = 1,        /* the id of a locum_call that has finished                                   */
+  LOCUM_EVENT_JOB_PROGRESS = 2,     /* a job                                                                      */
+  LOCUM_EVENT_JOB_STATE = 3,        /* a job that is in another state now                                         */
+  LOCUM_EVENT_STUDENT_SWAPPED = 4,  /* the version of the student that plays from now on; 0 = the teacher         */
+  LOCUM_EVENT_ROLLED_BACK = 5,      /* the version of the student that was taken back                             */
+  LOCUM_EVENT_STORE_TROUBLE = 6,    /* the disk refuses; episodes are marked incomplete                           */
+  LOCUM_EVENT_POLICY_LOADED = 7,
+  LOCUM_EVENT_FAULT = 8             /* something in here failed; the teacher plays from now on                    */
+};
 
 typedef struct {
   uint32_t struct_size;     /* in: your sizeof; no more than that is written                                */
@@ -290,7 +323,7 @@ LOCUM_API void locum_bytes_free(locum_bytes *bytes);
  * LOCUM_OK: `*out` is yours until locum_close. On an error `*out` is none.
  * Several `locum` may be open on one directory, in one process or in several; one of them learns, all record and serve.
  * A base model that is missing or cannot be used is no error: then locum_decide says teacher and why.
- * LOCUM_E_ARGUMENT, LOCUM_E_LIMIT; LOCUM_E_NOT_FOUND: the policy file, or the store where read-only;
+ * LOCUM_E_ARGUMENT, LOCUM_E_LIMIT; LOCUM_E_NOT_FOUND: the policy file, or the store where opened read-only;
  * LOCUM_E_POLICY: the policy does not compile; LOCUM_E_STORE, LOCUM_E_CORRUPT: the store cannot be opened.         */
 LOCUM_API int32_t locum_open(const locum_options *options, locum *out, locum_error **error);
 
@@ -378,7 +411,8 @@ LOCUM_API int32_t locum_call_wait(locum_call call, uint32_t timeout_ms);
  *            "finish_reason":"tool_calls|stop|length",
  *            "usage":{"prompt_tokens","completion_tokens","cached_tokens"},
  *            "locum":{"student","version","confidence","mean_logprob","prefill_ms","decode_ms","queue_ms"}}
- * LOCUM_TEACHER: {"locum":{"who":"teacher","reason":".."}}: it was late, or the policy refused it, or it failed.
+ * LOCUM_TEACHER: {"locum":{"who":"teacher","reason":"..","reason_code":N}}: it was late, the policy refused it, or it
+ *            failed.
  * LOCUM_PENDING: not finished; `*result_json` is empty.   LOCUM_E_CANCELLED: it was cancelled.                        */
 LOCUM_API int32_t locum_call_result(locum_call call, locum_bytes *result_json, locum_error **error);
 
@@ -430,7 +464,8 @@ LOCUM_API int32_t locum_policy_load(locum handle, const char *source, size_t sou
  *     {"method":"upper|lora|full", "tokens":N, "max_seconds":S, "epochs":E, "lr":.., "rank":.., "alpha":..,
  *      "upper_layers":.., "batch_tokens":.., "warmup_steps":.., "weight_decay":.., "patience":.., "seed":..,
  *      "unfiltered":false,            true trains on everything, for comparison
- *      "promote":"auto|never"}
+ *      "continue_student":false,      true starts from the promoted student instead of the base
+ *      "promote":"auto|never"}        never: the student is stored, and no gate and no trial follows
  * LOCUM_OK: `*job` is its number.
  * LOCUM_E_BUSY: one is running here or in another process; LOCUM_E_MODEL: there is no base model;
  * LOCUM_E_ARGUMENT; LOCUM_E_UNSUPPORTED: opened read-only or without learning; LOCUM_E_STORE.                         */
@@ -438,10 +473,11 @@ LOCUM_API int32_t locum_distil_start(locum handle, const char *options_json, siz
                                      locum_error **error);
 
 /* How a job stands; `job` 0 = the newest. `*status_json` is yours:                        [any-thread] [may-block]
- *     {"job":1, "state":"queued|curating|training|saving|evaluating|shadow|canary|promoted|held|rejected|
- *                        cancelled|failed",
+ *     {"job":1, "state":"queued|curating|training|saving|evaluating|   at work
+ *                        shadow|canary|                                 on trial in live episodes
+ *                        promoted|held|stored|cancelled|failed",        ended
  *      "progress":0.42, "tokens_done":.., "tokens_total":.., "loss":.., "held_out_loss":.., "seconds_left":..,
- *      "student":"..", "message":".."}                                    and more; null where nothing is known
+ *      "student":"..", "version":.., "message":".."}                                    and more; null where nothing is known
  * LOCUM_E_NOT_FOUND: there is no such job.                                                                            */
 LOCUM_API int32_t locum_distil_status(locum handle, uint64_t job, locum_bytes *status_json, locum_error **error);
 
