@@ -1,1 +1,3 @@
-fn main(){}
+//! The tests that go through the doors: one binary, a room each.
+
+mod reference;

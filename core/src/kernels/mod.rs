@@ -8,6 +8,7 @@ mod attention;
 mod matmul;
 mod pointwise;
 mod pool;
+mod random;
 mod simd;
 
 pub use attention::{attention, attention_backward, AttentionGrad, AttentionShape, Span};
@@ -16,4 +17,5 @@ pub use pointwise::{
     add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward, RopeTable,
 };
 pub use pool::{quiet_thread, Pool, SharedMut};
+pub use random::Random;
 pub use simd::{axpy, dot, features, Features};

@@ -1,1 +1,142 @@
-//! (room)
+//! A decoder: configuration, weights, one forward pass for training and serving, and its backward pass.
+//!
+//! Shape letters: `b` batch, `t` tokens in this call, `s` tokens in the cache, `d` hidden, `h` query heads, `g` key/value heads,
+//! `e` head_dim, `f` MLP width, `v` vocabulary, `r` LoRA rank, `c` chunk.
+//! Sequences of a batch are packed: their tokens stand one after another in `t` rows, without padding.
+
+mod backward;
+mod config;
+mod forward;
+mod lora;
+mod params;
+mod sequence;
+mod tiny;
+mod weights;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use backward::{Grads, HeadLoss, TrainId};
+pub use config::{Architecture, Config, Llama3Scaling};
+pub use forward::{PackedRows, Tape};
+pub use lora::{AdapterConfig, Lora};
+pub use params::{LayerParam, ParamId, LINEARS};
+pub use sequence::{FastWeights, KvCache, Sequence};
+pub use tiny::{write_tiny, TINY_CHARS};
+pub use weights::{
+    decode, encode, read_config, read_gguf, write_atomically, write_safetensors, FileDtype, Gguf, Param, Weights,
+};
+
+use crate::kernels::RopeTable;
+
+/// What can be wrong with a model's files or with a call to it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {why}")]
+    File { path: PathBuf, why: String },
+    #[error("this model cannot be run: {0}")]
+    Unsupported(String),
+    #[error("config.json: {field} is {found}, which is not possible")]
+    Config { field: &'static str, found: String },
+    #[error("tensor {name}: {why}")]
+    Tensor { name: String, why: String },
+    #[error("tensor {0} is missing")]
+    MissingTensor(String),
+    #[error("tensor {0} is not part of this architecture")]
+    UnknownTensor(String),
+    #[error("token {token} is outside the vocabulary of {vocab_size}")]
+    Token { token: u32, vocab_size: usize },
+    #[error("{asked} positions are more than the {limit} this model was made for")]
+    TooLong { asked: usize, limit: usize },
+}
+
+impl ModelError {
+    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+}
+
+/// A decoder ready to run. Cloning shares the weights; changing a weight of a clone copies that weight alone.
+#[derive(Clone)]
+pub struct Model {
+    pub config: Config,
+    pub weights: Weights,
+    rope: Arc<RopeTable>,
+}
+
+impl Model {
+    /// Puts checked weights behind a config.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`] if a parameter of the architecture is not among the weights.
+    pub fn new(config: Config, weights: Weights) -> Result<Self, ModelError> {
+        for id in ParamId::all(&config) {
+            let name = || id.name();
+            let data = weights.params.get(&id).ok_or_else(|| ModelError::MissingTensor(name()))?;
+            let want: usize = id.shape(&config).iter().product();
+            if data.len() != want {
+                return Err(ModelError::Tensor { name: name(), why: format!("{} numbers, not {want}", data.len()) });
+            }
+        }
+        let positions = config.max_position_embeddings.min(crate::limits::MAX_PROMPT_TOKENS + crate::limits::MAX_REPLY_TOKENS);
+        let rope = Arc::new(RopeTable::new(&config.inv_freq(), positions));
+        Ok(Self { config, weights, rope })
+    }
+
+    /// Reads a Hugging Face folder.
+    pub fn load(dir: &Path) -> Result<Self, ModelError> {
+        let config = read_config(dir)?;
+        let weights = Weights::load(dir, &config)?;
+        Self::new(config, weights)
+    }
+
+    /// Writes `config.json` and `model.safetensors` into a folder that exists.
+    pub fn save(&self, dir: &Path, dtype: FileDtype) -> Result<(), ModelError> {
+        let mut raw = self.config.raw.clone();
+        let name = match dtype {
+            FileDtype::F32 => "float32",
+            FileDtype::Bf16 => "bfloat16",
+        };
+        for key in ["torch_dtype", "dtype"] {
+            if raw.get(key).is_some() {
+                raw[key] = name.into();
+            }
+        }
+        let text = serde_json::to_string_pretty(&raw).expect("a JSON value prints");
+        write_atomically(&dir.join("config.json"), text.as_bytes())?;
+        self.weights.save(dir, &self.config, dtype)
+    }
+
+    /// Positions a sequence can have.
+    pub fn max_positions(&self) -> usize {
+        self.rope.len()
+    }
+
+    pub(crate) fn param(&self, id: ParamId) -> &[f32] {
+        &self.weights.params[&id]
+    }
+
+    /// The head's matrix (v, d): the embedding itself where they are tied.
+    pub(crate) fn head_id(&self) -> ParamId {
+        if self.config.tie_word_embeddings {
+            ParamId::Embed
+        } else {
+            ParamId::Head
+        }
+    }
+
+    /// Rounds every parameter to the nearest bf16, so that what is evaluated is what a bf16 file will hold.
+    pub fn round_to_bf16(&mut self) {
+        for param in self.weights.params.values_mut() {
+            if param.iter().all(|x| half::bf16::from_f32(*x).to_f32() == *x) {
+                continue;
+            }
+            for x in Arc::make_mut(param) {
+                *x = half::bf16::from_f32(*x).to_f32();
+            }
+        }
+    }
+}

@@ -94,7 +94,6 @@ pub fn open_writer(dir: &Path, options: &StoreOptions) -> Result<Connection, Sto
             (options.max_disk_bytes / PAGE_BYTES).max(1)
         ))?;
     }
-    connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }
 
@@ -122,7 +121,6 @@ pub fn open_reader(dir: &Path, options: &StoreOptions) -> Result<Connection, Sto
         }
         Some(_) => {}
     }
-    connection.set_prepared_statement_cache_capacity(32);
     Ok(connection)
 }
 

@@ -142,7 +142,7 @@ impl Store {
     pub fn get_json(&self, table: JsonTable, id: &str) -> Result<Option<Value>, StoreError> {
         let text: Option<String> = self.reading(|db| {
             let mut select =
-                db.prepare_cached("SELECT value FROM documents WHERE kind=?1 AND id=?2")?;
+                db.prepare("SELECT value FROM documents WHERE kind=?1 AND id=?2")?;
             select
                 .query_row((table.name(), id), |row| row.get(0))
                 .optional()
@@ -154,7 +154,7 @@ impl Store {
     pub fn list_json(&self, table: JsonTable) -> Result<Vec<(String, Value)>, StoreError> {
         let all: Vec<(String, String)> = self.reading(|db| {
             let mut select =
-                db.prepare_cached("SELECT id, value FROM documents WHERE kind=?1 ORDER BY n")?;
+                db.prepare("SELECT id, value FROM documents WHERE kind=?1 ORDER BY n")?;
             let found = select
                 .query_map([table.name()], |row| Ok((row.get(0)?, row.get(1)?)))?
                 .collect();
@@ -263,7 +263,7 @@ fn summary_from(row: &Row) -> rusqlite::Result<EpisodeSummary> {
 }
 
 fn counts(db: &Connection, since_ms: Option<u64>) -> rusqlite::Result<Counts> {
-    let mut statement = db.prepare_cached(
+    let mut statement = db.prepare(
         "SELECT count(*), sum(closed=0), sum(closed), sum(incomplete),
            sum(status='success'), sum(status='partial'), sum(status='failure'), sum(status='aborted'),
            sum(closed AND coalesce(status, 'unknown')='unknown'),

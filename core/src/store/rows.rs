@@ -41,7 +41,7 @@ pub fn insert_episode(
     episode: &Episode,
     recorder: Option<i64>,
 ) -> rusqlite::Result<Option<i64>> {
-    let mut insert = db.prepare_cached(
+    let mut insert = db.prepare(
         "INSERT INTO episodes (id, schema, session_id, parent_id, continued_from, task_id, domain, group_key,
            instruction, split, agent_name, agent_version, tools, closed, incomplete, started_at_ms, ended_at_ms,
            arrived_at_ms, source_format, source_id, imported_at_ms, redactions, extra, recorder)
@@ -81,7 +81,7 @@ pub fn insert_episode(
 
 /// Writes a step with its calls and observations.
 pub fn insert_step(db: &Connection, episode: i64, step: &Step) -> rusqlite::Result<()> {
-    let mut insert = db.prepare_cached(
+    let mut insert = db.prepare(
         "INSERT INTO steps (episode, step, source, actor, model, weights_id, message, message_parts, reasoning,
            started_at_ms, ended_at_ms, usage, prompt_digest, token_ids, decision, counterfactual, label,
            copied_context, extra)
@@ -115,7 +115,7 @@ pub fn insert_step(db: &Connection, episode: i64, step: &Step) -> rusqlite::Resu
     ])?;
     for (n, call) in step.tool_calls.iter().enumerate() {
         let mut insert =
-            db.prepare_cached("INSERT INTO tool_calls VALUES (?1,?2,?3,?4,?5,?6,?7,?8)")?;
+            db.prepare("INSERT INTO tool_calls VALUES (?1,?2,?3,?4,?5,?6,?7,?8)")?;
         insert.execute(params![
             episode,
             step.index,
@@ -140,11 +140,11 @@ pub fn append_observation(
     step: u32,
     o: &Observation,
 ) -> rusqlite::Result<bool> {
-    let mut there = db.prepare_cached("SELECT 1 FROM steps WHERE episode=?1 AND step=?2")?;
+    let mut there = db.prepare("SELECT 1 FROM steps WHERE episode=?1 AND step=?2")?;
     if !there.exists(params![episode, step])? {
         return Ok(false);
     }
-    let mut next = db.prepare_cached(
+    let mut next = db.prepare(
         "SELECT coalesce(max(n)+1, 0) FROM observations WHERE episode=?1 AND step=?2",
     )?;
     let n: i64 = next.query_row(params![episode, step], |row| row.get(0))?;
@@ -161,7 +161,7 @@ fn insert_observation(
 ) -> rusqlite::Result<()> {
     let (text, parts) = content(&o.content);
     let mut insert =
-        db.prepare_cached("INSERT INTO observations VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9)")?;
+        db.prepare("INSERT INTO observations VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9)")?;
     insert.execute(params![
         episode,
         step,
@@ -184,7 +184,7 @@ pub fn set_counterfactual(
     value: &Counterfactual,
 ) -> rusqlite::Result<bool> {
     let mut update =
-        db.prepare_cached("UPDATE steps SET counterfactual=?3 WHERE episode=?1 AND step=?2")?;
+        db.prepare("UPDATE steps SET counterfactual=?3 WHERE episode=?1 AND step=?2")?;
     Ok(update.execute(params![episode, step, document(value)?])? == 1)
 }
 
@@ -195,7 +195,7 @@ pub fn insert_outcome(
     outcome: &Outcome,
     now_ms: u64,
 ) -> rusqlite::Result<()> {
-    let mut insert = db.prepare_cached(
+    let mut insert = db.prepare(
         "INSERT INTO outcomes SELECT ?1, coalesce(max(n)+1, 0), ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10
          FROM outcomes WHERE episode=?1",
     )?;
@@ -218,14 +218,14 @@ pub fn insert_outcome(
         list(&outcome.tags)?,
         object(&outcome.extra),
     ])?;
-    let mut update = db.prepare_cached("UPDATE episodes SET status=?2 WHERE episode=?1")?;
+    let mut update = db.prepare("UPDATE episodes SET status=?2 WHERE episode=?1")?;
     update.execute(params![episode, status_name(outcome.status)])?;
     Ok(())
 }
 
 /// Adds to the counts in an episode's row.
 pub fn add_tally(db: &Connection, episode: i64, tally: &Tally) -> rusqlite::Result<()> {
-    let mut update = db.prepare_cached(
+    let mut update = db.prepare(
         "UPDATE episodes SET n_steps=n_steps+?2, n_agent=n_agent+?3, n_teacher=n_teacher+?4, n_student=n_student+?5
          WHERE episode=?1",
     )?;
@@ -248,7 +248,7 @@ pub fn delete_episode(db: &Connection, episode: i64) -> rusqlite::Result<()> {
         "outcomes",
         "episodes",
     ] {
-        db.prepare_cached(&format!("DELETE FROM {table} WHERE episode=?1"))?
+        db.prepare(&format!("DELETE FROM {table} WHERE episode=?1"))?
             .execute([episode])?;
     }
     Ok(())
@@ -256,24 +256,24 @@ pub fn delete_episode(db: &Connection, episode: i64) -> rusqlite::Result<()> {
 
 /// The number of the episode with this id.
 pub fn find(db: &Connection, id: EpisodeId) -> rusqlite::Result<Option<i64>> {
-    db.prepare_cached("SELECT episode FROM episodes WHERE id=?1")?
+    db.prepare("SELECT episode FROM episodes WHERE id=?1")?
         .query_row([id.0], |row| row.get(0))
         .optional()
 }
 
 /// Rebuilds a whole episode.
 pub fn load(db: &Connection, episode: i64) -> rusqlite::Result<Option<Episode>> {
-    let mut select = db.prepare_cached("SELECT * FROM episodes WHERE episode=?1")?;
+    let mut select = db.prepare("SELECT * FROM episodes WHERE episode=?1")?;
     let Some(mut value) = select.query_row([episode], episode_from).optional()? else {
         return Ok(None);
     };
-    let mut steps = db.prepare_cached("SELECT * FROM steps WHERE episode=?1 ORDER BY step")?;
+    let mut steps = db.prepare("SELECT * FROM steps WHERE episode=?1 ORDER BY step")?;
     value.steps = steps
         .query_map([episode], step_from)?
         .collect::<Result<_, _>>()?;
     // Calls and observations come in the order of the steps, so one walk gives each its step.
     let mut calls =
-        db.prepare_cached("SELECT * FROM tool_calls WHERE episode=?1 ORDER BY step, n")?;
+        db.prepare("SELECT * FROM tool_calls WHERE episode=?1 ORDER BY step, n")?;
     let mut at = 0;
     for row in calls.query_map([episode], |row| {
         Ok((row.get::<_, u32>("step")?, call_from(row)?))
@@ -284,7 +284,7 @@ pub fn load(db: &Connection, episode: i64) -> rusqlite::Result<Option<Episode>> 
         }
     }
     let mut observations =
-        db.prepare_cached("SELECT * FROM observations WHERE episode=?1 ORDER BY step, n")?;
+        db.prepare("SELECT * FROM observations WHERE episode=?1 ORDER BY step, n")?;
     let mut at = 0;
     for row in observations.query_map([episode], |row| {
         Ok((row.get::<_, u32>("step")?, observation_from(row)?))
@@ -307,7 +307,7 @@ fn seek(steps: &[Step], at: &mut usize, index: u32) -> bool {
 
 /// Every outcome of an episode, oldest first.
 pub fn outcomes(db: &Connection, episode: i64) -> rusqlite::Result<Vec<Outcome>> {
-    let mut select = db.prepare_cached("SELECT * FROM outcomes WHERE episode=?1 ORDER BY n")?;
+    let mut select = db.prepare("SELECT * FROM outcomes WHERE episode=?1 ORDER BY n")?;
     let found = select.query_map([episode], outcome_from)?.collect();
     found
 }

@@ -147,7 +147,7 @@ pub fn settle(db: &Connection, session: i64, why: &str, now_ms: u64) -> rusqlite
 
 /// Closes an episode, at `now_ms` unless it has an end already.
 pub fn close(db: &Connection, episode: i64, now_ms: u64) -> rusqlite::Result<()> {
-    let mut update = db.prepare_cached(
+    let mut update = db.prepare(
         "UPDATE episodes SET closed=1, recorder=NULL, ended_at_ms=coalesce(ended_at_ms, ?2) WHERE episode=?1",
     )?;
     update.execute(params![episode, now_ms as i64])?;
@@ -156,7 +156,7 @@ pub fn close(db: &Connection, episode: i64, now_ms: u64) -> rusqlite::Result<()>
 
 /// Marks that something of an episode was lost.
 pub fn mark_incomplete(db: &Connection, episode: i64, why: &str) -> rusqlite::Result<()> {
-    let mut update = db.prepare_cached(
+    let mut update = db.prepare(
         "UPDATE episodes SET incomplete=1, incomplete_why=concat_ws(char(10), incomplete_why, ?2) WHERE episode=?1",
     )?;
     update.execute(params![episode, why])?;

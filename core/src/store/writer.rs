@@ -236,7 +236,7 @@ impl Writer {
         let mut refusals = Vec::new();
         let mut tallies: HashMap<i64, Tally> = HashMap::new();
         for (record, _) in &self.pending[..n] {
-            tx.prepare_cached("SAVEPOINT one")?.execute([])?;
+            tx.prepare("SAVEPOINT one")?.execute([])?;
             let done = apply(
                 &tx,
                 &mut self.known,
@@ -255,7 +255,7 @@ impl Writer {
                 Err(error) => return Err(error),
             };
             if let Some(refusal) = refusal {
-                tx.prepare_cached("ROLLBACK TO one")?.execute([])?;
+                tx.prepare("ROLLBACK TO one")?.execute([])?;
                 if record.loses_a_step() {
                     if let Some(episode) = rows::find(&tx, record.episode())? {
                         sessions::mark_incomplete(&tx, episode, &refusal)?;
@@ -263,7 +263,7 @@ impl Writer {
                 }
                 refusals.push(refusal);
             }
-            tx.prepare_cached("RELEASE one")?.execute([])?;
+            tx.prepare("RELEASE one")?.execute([])?;
         }
         for (episode, tally) in &tallies {
             rows::add_tally(&tx, *episode, tally)?;
@@ -276,14 +276,14 @@ impl Writer {
         let done = match value {
             Some(value) => self
                 .db
-                .prepare_cached(
+                .prepare(
                     "INSERT INTO documents (kind, id, value, updated_at_ms) VALUES (?1, ?2, ?3, ?4)
                  ON CONFLICT (kind, id) DO UPDATE SET value=excluded.value, updated_at_ms=excluded.updated_at_ms",
                 )
                 .and_then(|mut s| s.execute(params![table.name(), id, value, now_ms() as i64])),
             None => self
                 .db
-                .prepare_cached("DELETE FROM documents WHERE kind=?1 AND id=?2")
+                .prepare("DELETE FROM documents WHERE kind=?1 AND id=?2")
                 .and_then(|mut s| s.execute(params![table.name(), id])),
         };
         let done = done.map(|_| ()).map_err(|error| explain(&self.path, error));
@@ -406,7 +406,7 @@ fn apply(
             // Open episodes are known, so this asks the database only about those that are not.
             if !known.contains_key(&id) {
                 let mut select =
-                    db.prepare_cached("SELECT closed FROM episodes WHERE episode=?1")?;
+                    db.prepare("SELECT closed FROM episodes WHERE episode=?1")?;
                 if select.query_row([number], |row| row.get::<_, bool>(0))? {
                     return Ok(Some(format!(
                         "step {} of episode {id}, which is closed",

@@ -1,1 +1,34 @@
-//! (room)
+//! Supervised fine-tuning in the background: one loop for the upper layers, LoRA and full fine-tuning alike. What differs is a list of tensors.
+
+mod checkpoint;
+mod fit;
+mod optim;
+mod plan;
+
+pub use fit::{evaluate_loss, fit, CurvePoint, Flow, Progress, Sample, StopReason, Trained};
+pub use optim::{AdamW, Schedule};
+pub use plan::{Method, TrainPlan};
+
+use crate::model::ModelError;
+
+/// Why a training could not be done. The base model is never touched.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("there is nothing to train on: no sample carries loss")]
+    Empty,
+    #[error("the training plan is not possible: {0}")]
+    Plan(String),
+    #[error("tensor {0} got no gradient in the first two steps")]
+    NoGradient(String),
+    #[error("the loss is no longer a finite number at step {step}")]
+    Diverged { step: u64 },
+    #[error("the job needs {needed} bytes and may use {limit}")]
+    Memory { needed: u64, limit: u64 },
+    #[error("checkpoint {path}: {why}")]
+    Checkpoint { path: String, why: String },
+    #[error("the job was cancelled")]
+    Cancelled,
+}

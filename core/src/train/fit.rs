@@ -1,0 +1,523 @@
+//! The loop: batches in a fixed order, forward, backward, AdamW, a look at the held-out samples now and then.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use half::bf16;
+use serde::{Deserialize, Serialize};
+
+use super::checkpoint;
+use super::optim::{AdamW, Schedule};
+use super::plan::{Method, TrainPlan};
+use super::TrainError;
+use crate::kernels::{Pool, Random};
+use crate::model::{AdapterConfig, Grads, Lora, Model, PackedRows, ParamId, Tape, TrainId, LINEARS};
+
+/// A prompt and what should be said to it: loss on `ids[target_start..]` alone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    pub ids: Vec<u32>,
+    pub target_start: usize,
+    pub weight: f32,
+}
+
+impl Sample {
+    fn targets(&self) -> usize {
+        self.ids.len().saturating_sub(self.target_start)
+    }
+}
+
+/// A point of the loss curves.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CurvePoint {
+    pub step: u64,
+    pub tokens: u64,
+    /// Mean weighted loss per target token since the last point, in nats.
+    pub loss: f64,
+    pub held_out_loss: Option<f64>,
+    /// Share of held-out samples whose every target token is the most likely one.
+    pub held_out_exact: Option<f64>,
+    pub lr: f64,
+    /// Samples left out by trimming since the last point.
+    pub trimmed: u64,
+}
+
+/// Where a running training stands.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    pub step: u64,
+    pub tokens: u64,
+    pub tokens_total: u64,
+    pub seconds: f64,
+    pub loss: f64,
+    pub held_out_loss: Option<f64>,
+    /// Estimate from the speed of the last quarter of the steps so far.
+    pub seconds_left: f64,
+}
+
+/// What the caller wants after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    Go,
+    /// Write a checkpoint and return [`TrainError::Cancelled`].
+    Stop,
+}
+
+/// Why a training ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopReason {
+    Tokens,
+    Seconds,
+    /// The held-out loss no longer fell; the weights are those of its best evaluation.
+    EarlyStop,
+}
+
+/// A finished training.
+pub struct Trained {
+    /// The student's weights; an adapter is merged in.
+    pub model: Model,
+    pub lora: Option<Lora>,
+    pub curve: Vec<CurvePoint>,
+    pub tokens: u64,
+    pub steps: u64,
+    /// Seconds of all runs together, resumed ones included.
+    pub seconds: f64,
+    pub stopped: StopReason,
+}
+
+/// What a checkpoint holds beside the tensors.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct State {
+    pub plan: Option<TrainPlan>,
+    pub data: String,
+    pub step: u64,
+    pub tokens: u64,
+    pub epoch: u64,
+    /// Batches of the epoch already done.
+    pub batch: usize,
+    pub seconds: f64,
+    pub curve: Vec<CurvePoint>,
+    pub since: Since,
+    pub best: Option<f64>,
+    pub bad_evaluations: usize,
+    pub next_evaluation: usize,
+}
+
+/// Sums since the last point of the curve.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Since {
+    loss: f64,
+    weight: f64,
+    trimmed: u64,
+}
+
+/// What moves: a private copy of the trained tensors, everything else shared with the base.
+pub(super) struct Trainee {
+    pub model: Model,
+    pub lora: Option<Lora>,
+}
+
+impl Trainee {
+    pub(super) fn with(&mut self, id: TrainId, change: &mut dyn FnMut(&mut [f32])) {
+        match id {
+            TrainId::Full(id) => {
+                let shared = self.model.weights.params.get_mut(&id).expect("trained tensors exist");
+                let own: &mut Vec<f32> = Arc::make_mut(shared);
+                change(own)
+            },
+            TrainId::LoraA(layer, p) => change(&mut self.pair(layer, p).0),
+            TrainId::LoraB(layer, p) => change(&mut self.pair(layer, p).1),
+        }
+    }
+
+    fn pair(&mut self, layer: u16, p: crate::model::LayerParam) -> &mut (Vec<f32>, Vec<f32>) {
+        let lora = self.lora.as_mut().expect("adapter tensors belong to an adapter");
+        lora.pairs.get_mut(&(layer, p)).expect("trained pairs exist")
+    }
+}
+
+/// Samples whose order is shuffled within a window of this many, then sorted by length: batches of like lengths, still mixed.
+const SORT_WINDOW: usize = 256;
+
+/// Trains `base` on `train` by `plan`.
+///
+/// With a `checkpoint` folder the state is written there every `checkpoint_seconds`, and a state found there for the same
+/// plan and the same `data_hash` is resumed: the losses that follow are those of an unbroken run.
+/// `control` is asked after every step.
+///
+/// # Errors
+/// [`TrainError::Cancelled`] when `control` said stop, after a checkpoint; the others as documented there.
+#[allow(clippy::too_many_arguments)]
+pub fn fit(
+    pool: &Pool,
+    base: &Model,
+    train: &[Sample],
+    held_out: &[Sample],
+    data_hash: &str,
+    plan: &TrainPlan,
+    checkpoint_dir: Option<&Path>,
+    control: &mut dyn FnMut(&Progress) -> Flow,
+) -> Result<Trained, TrainError> {
+    let usable: Vec<usize> = (0..train.len())
+        .filter(|&i| train[i].targets() > 0 && train[i].target_start > 0 && train[i].weight > 0.0)
+        .collect();
+    if usable.is_empty() {
+        return Err(TrainError::Empty);
+    }
+    let config = &base.config;
+    let trainable = plan.trainable(config);
+    let lora = match plan.method {
+        Method::Lora { rank, alpha } => {
+            Some(Lora::new(config, AdapterConfig { rank, alpha, seed: plan.seed }, &LINEARS))
+        }
+        _ => None,
+    };
+    let mut trainee = Trainee { model: base.clone(), lora };
+    let mut adam = AdamW::new(&trainable, plan.weight_decay);
+    let mut state = State { plan: Some(plan.clone()), data: data_hash.into(), ..State::default() };
+    if let Some(dir) = checkpoint_dir {
+        if let Some(found) = checkpoint::load(dir, plan, data_hash, &mut trainee, &mut adam)? {
+            state = found;
+        }
+    }
+    let first = plan.first_block(config);
+    let mut lower = LowerCache::new(first, train.len(), plan.cache_bytes);
+    let mut lower_held = LowerCache::new(first, held_out.len(), plan.cache_bytes / 4);
+    let mut grads = Grads::new(trainable.iter().copied());
+    let mut tape = Tape::default();
+    let schedule = Schedule { peak: plan.lr, warmup_steps: plan.warmup_steps, floor: 0.05 };
+    let started = Instant::now();
+    let before = state.seconds;
+    let mut last_checkpoint = Instant::now();
+    let mut speed = Speed::default();
+    let mut best_weights: Option<Vec<(TrainId, Vec<f32>)>> = None;
+    let mut stopped = None;
+
+    'epochs: while stopped.is_none() {
+        let batches = batches(&usable, train, plan, state.epoch);
+        while state.batch < batches.len() {
+            let done = state.tokens as f64 / plan.tokens as f64;
+            // Evaluations stand at fixed shares of the tokens, the first before any step.
+            while plan.evaluations > 0 && !held_out.is_empty() && done >= state.next_evaluation as f64 / plan.evaluations as f64 {
+                state.next_evaluation += 1;
+                let (loss, exact) = held_out_loss(pool, &trainee, held_out, first, &mut lower_held)?;
+                let lr = schedule.lr(state.step, done);
+                push_point(&mut state, lr, Some((loss, exact)));
+                if state.best.is_none_or(|best| loss < best) {
+                    state.best = Some(loss);
+                    state.bad_evaluations = 0;
+                    if plan.patience > 0 {
+                        best_weights = Some(snapshot(&trainable, &mut trainee));
+                    }
+                } else {
+                    state.bad_evaluations += 1;
+                    if plan.patience > 0 && state.bad_evaluations >= plan.patience {
+                        stopped = Some(StopReason::EarlyStop);
+                        break 'epochs;
+                    }
+                }
+            }
+            let batch = &batches[state.batch];
+            let lr = schedule.lr(state.step, done);
+            let trim = (done >= plan.trim_after).then_some(plan.trim_below);
+            grads.zero();
+            let outcome = step_gradients(pool, &trainee, train, batch, first, &mut lower, trim, &mut tape, &mut grads)?;
+            if outcome.weight > 0.0 {
+                if !outcome.loss.is_finite() {
+                    return Err(TrainError::Diverged { step: state.step });
+                }
+                adam.step(pool, lr, plan.clip, &grads, |id, change| trainee.with(id, change))?;
+            }
+            state.since.loss += outcome.loss;
+            state.since.weight += outcome.weight;
+            state.since.trimmed += outcome.trimmed;
+            state.step += 1;
+            state.batch += 1;
+            state.tokens += outcome.tokens;
+            state.seconds = before + started.elapsed().as_secs_f64();
+            speed.push(state.seconds, state.tokens);
+            let progress = Progress {
+                step: state.step,
+                tokens: state.tokens,
+                tokens_total: plan.tokens,
+                seconds: state.seconds,
+                loss: outcome.loss / outcome.weight.max(1e-9),
+                held_out_loss: state.curve.last().and_then(|p| p.held_out_loss),
+                seconds_left: speed.seconds_for(plan.tokens.saturating_sub(state.tokens)),
+            };
+            let flow = control(&progress);
+            let due = last_checkpoint.elapsed().as_secs_f64() >= plan.checkpoint_seconds;
+            if let (Some(dir), true) = (checkpoint_dir, due || flow == Flow::Stop) {
+                checkpoint::save(dir, &state, &trainable, &mut trainee, &adam)?;
+                last_checkpoint = Instant::now();
+            }
+            if flow == Flow::Stop {
+                return Err(TrainError::Cancelled);
+            }
+            if state.tokens >= plan.tokens {
+                stopped = Some(StopReason::Tokens);
+                break 'epochs;
+            }
+            if plan.max_seconds > 0.0 && state.seconds >= plan.max_seconds {
+                stopped = Some(StopReason::Seconds);
+                break 'epochs;
+            }
+        }
+        state.epoch += 1;
+        state.batch = 0;
+    }
+    let stopped = stopped.unwrap_or(StopReason::Tokens);
+    if let (StopReason::EarlyStop, Some(best)) = (stopped, best_weights) {
+        for (id, data) in best {
+            trainee.with(id, &mut |w| w.copy_from_slice(&data));
+        }
+    }
+    let model = match &trainee.lora {
+        Some(lora) => lora.merge(pool, &trainee.model),
+        None => trainee.model.clone(),
+    };
+    let lr = schedule.lr(state.step, 1.0);
+    let last = match held_out.is_empty() {
+        true => None,
+        false => Some(held_out_loss(pool, &trainee, held_out, first, &mut lower_held)?),
+    };
+    push_point(&mut state, lr, last);
+    Ok(Trained {
+        model,
+        lora: trainee.lora,
+        curve: state.curve,
+        tokens: state.tokens,
+        steps: state.step,
+        seconds: state.seconds,
+        stopped,
+    })
+}
+
+/// Mean loss per target token, in nats, and the share of samples whose every target token is the most likely one.
+pub fn evaluate_loss(pool: &Pool, model: &Model, samples: &[Sample]) -> Result<(f64, f64), TrainError> {
+    let trainee = Trainee { model: model.clone(), lora: None };
+    held_out_loss(pool, &trainee, samples, 0, &mut LowerCache::new(0, samples.len(), 0))
+}
+
+struct StepOutcome {
+    loss: f64,
+    weight: f64,
+    tokens: u64,
+    trimmed: u64,
+}
+
+#[allow(clippy::too_many_arguments)]
+fn step_gradients(
+    pool: &Pool,
+    trainee: &Trainee,
+    samples: &[Sample],
+    batch: &[usize],
+    first: usize,
+    lower: &mut LowerCache,
+    trim: Option<f64>,
+    tape: &mut Tape,
+    grads: &mut Grads,
+) -> Result<StepOutcome, TrainError> {
+    let model = &trainee.model;
+    let lora = trainee.lora.as_ref();
+    let rows = PackedRows::new(&batch.iter().map(|&i| samples[i].ids.len()).collect::<Vec<_>>());
+    let mut x = lower.outputs(pool, model, samples, batch)?;
+    model.blocks(pool, (first, model.config.num_hidden_layers), &rows, lora, &mut x, Some(tape));
+    let (at, labels, mut weights, owner) = targets(samples, batch, &rows);
+    let mut trimmed = 0;
+    if let Some(below) = trim {
+        let seen = model.head_loss(pool, &x, (&at, &labels, &weights), None);
+        let mut worst = vec![0f32; batch.len()];
+        for (nll, &o) in seen.nll.iter().zip(&owner) {
+            worst[o] = worst[o].max(*nll);
+        }
+        let limit = -(below.max(1e-12).ln()) as f32;
+        trimmed = worst.iter().filter(|w| **w > limit).count() as u64;
+        for (w, &o) in weights.iter_mut().zip(&owner) {
+            if worst[o] > limit {
+                *w = 0.0;
+            }
+        }
+    }
+    let weight: f32 = weights.iter().sum();
+    let tokens = rows.len() as u64;
+    if weight <= 0.0 {
+        return Ok(StepOutcome { loss: 0.0, weight: 0.0, tokens, trimmed });
+    }
+    let mut dx = vec![0.0; x.len()];
+    let loss = model.head_loss(pool, &x, (&at, &labels, &weights), Some((1.0 / weight, &mut dx, grads)));
+    model.blocks_backward(pool, &rows, lora, tape, &mut dx, grads);
+    if grads.map.contains_key(&TrainId::Full(ParamId::Embed)) {
+        let ids: Vec<u32> = batch.iter().flat_map(|&i| samples[i].ids.iter().copied()).collect();
+        model.embed_backward(&ids, &dx, grads);
+    }
+    Ok(StepOutcome { loss: loss.loss, weight: loss.weight, tokens, trimmed })
+}
+
+/// Rows that predict a target, with label, weight and the batch entry they belong to.
+fn targets(samples: &[Sample], batch: &[usize], rows: &PackedRows) -> (Vec<usize>, Vec<u32>, Vec<f32>, Vec<usize>) {
+    let (mut at, mut labels, mut weights, mut owner) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (entry, (&i, &(row, _))) in batch.iter().zip(&rows.spans).enumerate() {
+        let sample = &samples[i];
+        for position in sample.target_start..sample.ids.len() {
+            at.push(row + position - 1);
+            labels.push(sample.ids[position]);
+            weights.push(sample.weight);
+            owner.push(entry);
+        }
+    }
+    (at, labels, weights, owner)
+}
+
+fn held_out_loss(
+    pool: &Pool,
+    trainee: &Trainee,
+    samples: &[Sample],
+    first: usize,
+    lower: &mut LowerCache,
+) -> Result<(f64, f64), TrainError> {
+    let model = &trainee.model;
+    let all: Vec<usize> = (0..samples.len()).filter(|&i| samples[i].targets() > 0 && samples[i].target_start > 0).collect();
+    let (mut loss, mut weight, mut exact) = (0.0, 0.0, 0usize);
+    for batch in pack(&all, samples, 640) {
+        let rows = PackedRows::new(&batch.iter().map(|&i| samples[i].ids.len()).collect::<Vec<_>>());
+        let mut x = lower.outputs(pool, model, samples, &batch)?;
+        model.blocks(pool, (first, model.config.num_hidden_layers), &rows, trainee.lora.as_ref(), &mut x, None);
+        let (at, labels, weights, owner) = targets(samples, &batch, &rows);
+        let seen = model.head_loss(pool, &x, (&at, &labels, &weights), None);
+        loss += seen.loss;
+        weight += seen.weight;
+        let mut right = vec![true; batch.len()];
+        for (hit, &o) in seen.hits.iter().zip(&owner) {
+            right[o] &= *hit;
+        }
+        exact += right.iter().filter(|r| **r).count();
+    }
+    Ok((loss / weight.max(1e-9), exact as f64 / all.len().max(1) as f64))
+}
+
+fn push_point(state: &mut State, lr: f64, held_out: Option<(f64, f64)>) {
+    let since = std::mem::take(&mut state.since);
+    let loss = if since.weight > 0.0 { since.loss / since.weight } else { state.curve.last().map_or(0.0, |p| p.loss) };
+    state.curve.push(CurvePoint {
+        step: state.step,
+        tokens: state.tokens,
+        loss: if state.step == 0 { held_out.map_or(0.0, |h| h.0) } else { loss },
+        held_out_loss: held_out.map(|h| h.0),
+        held_out_exact: held_out.map(|h| h.1),
+        lr,
+        trimmed: since.trimmed,
+    });
+}
+
+fn snapshot(trainable: &[(TrainId, usize)], trainee: &mut Trainee) -> Vec<(TrainId, Vec<f32>)> {
+    trainable
+        .iter()
+        .map(|&(id, _)| {
+            let mut copy = Vec::new();
+            trainee.with(id, &mut |w| copy = w.to_vec());
+            (id, copy)
+        })
+        .collect()
+}
+
+/// The batches of an epoch, a pure function of seed and epoch.
+fn batches(usable: &[usize], samples: &[Sample], plan: &TrainPlan, epoch: u64) -> Vec<Vec<usize>> {
+    let mut random = Random::new(plan.seed ^ (epoch + 1).wrapping_mul(0x9e37_79b9));
+    let mut order = usable.to_vec();
+    random.shuffle(&mut order);
+    let mut batches = Vec::new();
+    for window in order.chunks_mut(SORT_WINDOW) {
+        window.sort_by_key(|&i| samples[i].ids.len());
+        batches.extend(pack(window, samples, plan.batch_tokens));
+    }
+    random.shuffle(&mut batches);
+    batches
+}
+
+fn pack(order: &[usize], samples: &[Sample], batch_tokens: usize) -> Vec<Vec<usize>> {
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    let mut room = 0;
+    for &i in order {
+        let n = samples[i].ids.len();
+        if n > room || batches.is_empty() {
+            batches.push(Vec::new());
+            room = batch_tokens;
+        }
+        batches.last_mut().expect("just pushed").push(i);
+        room = room.saturating_sub(n);
+    }
+    batches
+}
+
+/// Outputs of the frozen blocks below `first`, one (t, d) in bf16 a sample, kept after the first use while they fit.
+///
+/// They are rounded to bf16 at the first use too, so that a resumed job sees the same numbers as an unbroken one.
+struct LowerCache {
+    first: usize,
+    kept: Vec<Option<Vec<bf16>>>,
+    room: usize,
+}
+
+impl LowerCache {
+    fn new(first: usize, samples: usize, bytes: usize) -> Self {
+        Self { first, kept: vec![None; samples], room: bytes }
+    }
+
+    fn outputs(&mut self, pool: &Pool, model: &Model, samples: &[Sample], batch: &[usize]) -> Result<Vec<f32>, TrainError> {
+        if self.first == 0 {
+            let ids: Vec<u32> = batch.iter().flat_map(|&i| samples[i].ids.iter().copied()).collect();
+            return Ok(model.embed(&ids)?);
+        }
+        let d = model.config.hidden_size;
+        let missing: Vec<usize> = batch.iter().copied().filter(|&i| self.kept[i].is_none()).collect();
+        let mut fresh = std::collections::BTreeMap::new();
+        if !missing.is_empty() {
+            let rows = PackedRows::new(&missing.iter().map(|&i| samples[i].ids.len()).collect::<Vec<_>>());
+            let ids: Vec<u32> = missing.iter().flat_map(|&i| samples[i].ids.iter().copied()).collect();
+            let mut x = model.embed(&ids)?;
+            model.blocks(pool, (0, self.first), &rows, None, &mut x, None);
+            for (&i, &(row, len)) in missing.iter().zip(&rows.spans) {
+                let rounded: Vec<bf16> = x[row * d..(row + len) * d].iter().map(|x| bf16::from_f32(*x)).collect();
+                fresh.insert(i, rounded);
+            }
+        }
+        let mut out = Vec::with_capacity(batch.iter().map(|&i| samples[i].ids.len() * d).sum());
+        for &i in batch {
+            let rounded = self.kept[i].as_ref().or_else(|| fresh.get(&i)).expect("kept or just computed");
+            out.extend(rounded.iter().map(|x| x.to_f32()));
+        }
+        for (i, rounded) in fresh {
+            let bytes = 2 * rounded.len();
+            if bytes <= self.room {
+                self.room -= bytes;
+                self.kept[i] = Some(rounded);
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// Tokens a second over the recent past.
+#[derive(Default)]
+struct Speed {
+    points: std::collections::VecDeque<(f64, u64)>,
+}
+
+impl Speed {
+    fn push(&mut self, seconds: f64, tokens: u64) {
+        self.points.push_back((seconds, tokens));
+        if self.points.len() > 64 {
+            self.points.pop_front();
+        }
+    }
+
+    fn seconds_for(&self, tokens: u64) -> f64 {
+        match (self.points.front(), self.points.back()) {
+            (Some(a), Some(b)) if b.1 > a.1 => tokens as f64 * (b.0 - a.0) / (b.1 - a.1) as f64,
+            _ => 0.0,
+        }
+    }
+}
