@@ -418,6 +418,9 @@ pub struct HookStats {
     pub hook: String,
     pub calls: u64,
     pub failures: u64,
+    /// Calls that met no free state and took the fail-safe at once.
+    #[serde(default)]
+    pub busy: u64,
     pub switched_off: bool,
     pub p50_us: f64,
     pub p99_us: f64,

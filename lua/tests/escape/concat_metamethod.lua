@@ -1,0 +1,10 @@
+-- A concatenation that takes for ever.
+-- expect: hook stopped after
+return {
+  decide = function(step)
+    return "student", setmetatable({}, { __concat = function()
+      while true do
+      end
+    end }) .. "x"
+  end,
+}

@@ -1,0 +1,10 @@
+-- The stack.
+-- expect: hook raised an error
+return {
+  decide = function(step)
+    local function f()
+      return 1 + f()
+    end
+    return "student", tostring(f())
+  end,
+}

@@ -1,0 +1,11 @@
+-- Keys that fall into one slot make every look-up long.
+-- expect: hook stopped after | over its memory limit
+return {
+  decide = function(step)
+    local t = {}
+    for i = 1, 1e7 do
+      t[i * 2 ^ 40] = i
+    end
+    return "student"
+  end,
+}

@@ -1,0 +1,10 @@
+-- Joining long strings.
+-- expect: hook stopped after | over its memory limit
+return {
+  decide = function(step)
+    local s = string.rep("x", 1e6)
+    while true do
+      local t = s .. s
+    end
+  end,
+}

@@ -1,0 +1,5 @@
+-- The file itself never ends.
+-- expect: load stopped after
+while true do
+end
+return {}

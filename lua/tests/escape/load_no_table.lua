@@ -1,0 +1,3 @@
+-- Nothing that could be a policy.
+-- expect: load must return one table, found number
+return 7

@@ -1,0 +1,3 @@
+-- A syntax error is named with its line.
+-- expect: load load_syntax.lua:3
+return { decide = function( }

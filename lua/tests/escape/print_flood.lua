@@ -1,0 +1,9 @@
+-- Printing for ever.
+-- expect: hook stopped after
+return {
+  decide = function(step)
+    while true do
+      print("x")
+    end
+  end,
+}

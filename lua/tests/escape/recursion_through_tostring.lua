@@ -1,0 +1,11 @@
+-- By way of tostring.
+-- expect: hook raised an error
+return {
+  decide = function(step)
+    local t
+    t = setmetatable({}, { __tostring = function()
+      return tostring(t)
+    end })
+    return "student", tostring(t)
+  end,
+}

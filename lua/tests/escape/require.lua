@@ -1,0 +1,7 @@
+-- Other files.
+-- expect: hook raised an error
+return {
+  decide = function(step)
+    return "student", tostring(require("./default"))
+  end,
+}
