@@ -121,6 +121,10 @@ class World:
             return f"Error: no action {action!r}; the actions are {', '.join(ACTIONS)}."
         return self.view
 
+    def without_advice(self) -> None:
+        """Spares the bot's thinking for the rest of the episode."""
+        self._bot = self.advice = None
+
     def _advise(self, taken: Any) -> str | None:
         # The bot gives up with an assertion in states its author did not think of (a box it needs was opened, say).
         try:

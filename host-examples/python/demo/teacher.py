@@ -18,8 +18,8 @@ SLIP = 0.12  # share of actions replaced by a random one, in good episodes too
 LATEST_DERAIL = 4  # the episode goes wrong at one of its first steps, 0 to this one
 GIVING_UP = "I believe the task is complete."
 TARGET_RATE = 0.27
-# Share of episodes that derail, so that TARGET_RATE of them succeed under twice the test's step limit. Measured over the
-# 4,000 seeds from 700,000 with `derail_rate`; other levels are measured when first used.
+# Share of episodes that derail, so that TARGET_RATE of them succeed under twice the test's step limit. Measured like
+# `derail_rate`, over 1,000 (PutNextLocal 2,000) seeds from 700,000; other levels are measured when first used.
 DERAIL_RATES = {"BabyAI-GoToLocal-v0": 0.965, "BabyAI-PutNextLocal-v0": 0.73}
 
 
@@ -47,6 +47,7 @@ class WeakBot:
     def next_action(self) -> str | None:
         """The next action, or None for giving up."""
         if self.derailed:
+            self.world.without_advice()
             if self.derail == "give_up":
                 return None
             return self._loop if self.derail == "loop" else self._rng.choice(ACTIONS[:3])
@@ -121,7 +122,7 @@ def success_rate(level: str, limit: int, derail_rate: float, seeds: Sequence[int
     return won / len(seeds)
 
 
-def derail_rate(level: str, limit: int, target: float = TARGET_RATE, episodes: int = 300, first_seed: int = 700_000) -> float:
+def derail_rate(level: str, limit: int, target: float = TARGET_RATE, episodes: int = 150, first_seed: int = 700_000) -> float:
     """The share of episodes to derail so that about `target` of them succeed.
 
     Success is a mixture, (1 - p) clean + p derailed, so both ends are measured and p is read off the line.
