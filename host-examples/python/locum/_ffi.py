@@ -15,13 +15,40 @@ from ._types import LibraryNotFound, LocumError, error_class
 ABI_MAJOR, ABI_MINOR = 0, 1
 
 OK, PENDING, EMPTY, TEACHER = 0, 1, 2, 3
-OPEN_READ_ONLY, OPEN_NO_LEARNING = 1, 2
+OPEN_READ_ONLY, OPEN_NO_LEARNING, OPEN_NO_MODEL = 1, 2, 4
 STEP_IS_ERROR = 1
 ACTORS = {"unknown": 0, "teacher": 1, "student": 2, "human": 3, "script": 4}
 OUTCOMES = {"unknown": 0, "success": 1, "failure": 2, "partial": 3, "aborted": 4}
 OUTCOME_HAS_SCORE = 1
 REQUEST_GREEDY, REQUEST_CALL_REQUIRED = 1, 2
 WHO_STUDENT = 1
+REASONS = {
+    0: "policy",
+    1: "no_student",
+    2: "shadow",
+    3: "canary_teacher",
+    4: "canary_student",
+    5: "promoted",
+    6: "pinned",
+    7: "bad_request",
+    8: "tools_inexpressible",
+    9: "prompt_too_long",
+    10: "view_mismatch",
+    11: "late",
+    12: "refused",
+    13: "fault",
+    14: "closed",
+}
+EVENTS = {
+    1: "call_done",
+    2: "job_progress",
+    3: "job_state",
+    4: "student_swapped",
+    5: "rolled_back",
+    6: "store_trouble",
+    7: "policy_loaded",
+    8: "fault",
+}
 PINS = {"automatic": 0, "teacher": 2**64 - 1, "base": 2**64 - 2}
 
 LIBRARY_NAME = {"win32": "locum.dll", "darwin": "liblocum.dylib"}.get(sys.platform, "liblocum.so")

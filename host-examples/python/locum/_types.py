@@ -25,9 +25,13 @@ class LibraryNotFound(LocumError):
 
 
 class AskTeacher(LocumError):
-    """There is no answer of a student: ask the teacher. The text says why."""
+    """There is no answer of a student: ask the teacher. The text says why, `reason_name` for programs (see `Decision`)."""
 
     code = "LOCUM_TEACHER"
+
+    def __init__(self, message: str, *, reason_name: str = "", **more: Any) -> None:
+        super().__init__(message, **more)
+        self.reason_name = reason_name
 
 
 class Busy(LocumError):
@@ -102,8 +106,10 @@ class Decision:
     """Who plays the next step, and why."""
 
     who: str  # "teacher" or "student"
-    reason: str
-    reason_code: int
+    reason: str  # for people
+    # For programs: policy, no_student, shadow, canary_teacher, canary_student, promoted, pinned, bad_request,
+    # tools_inexpressible, prompt_too_long, view_mismatch, late, refused, fault, closed; empty for one this package is too old for
+    reason_name: str
     student_version: int  # 0 = none
     confidence: float  # 0 to 1
     decided_ns: int
@@ -136,11 +142,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened: a call finished, a job moved on, a student was promoted or taken back."""
+    """Something happened: a job moved on, a student was promoted or taken back."""
 
     kind: int
-    name: str
-    subject: int
+    name: str  # job_progress, job_state, student_swapped, rolled_back, store_trouble, policy_loaded, fault
+    subject: int  # a job, or a student's version
     number: int
     detail: dict[str, Any]
 
@@ -172,7 +178,7 @@ class JobStatus:
     more: dict[str, Any] = field(default_factory=dict)
 
     # States that nothing follows. `held` was refused or put aside, `stored` was wanted without a trial.
-    ENDED = frozenset({"promoted", "held", "rejected", "stored", "cancelled", "failed"})
+    ENDED = frozenset({"promoted", "held", "stored", "cancelled", "failed"})
     ON_TRIAL = frozenset({"shadow", "canary"})
 
     @classmethod

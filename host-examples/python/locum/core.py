@@ -39,7 +39,8 @@ class Locum:
     - `policy`: a Luau policy file; None for the built-in default.
     - `base_model`: Hugging Face folder that students start from; None for the one imported into the store.
     - `threads`, `train_threads`: 0 for as many as the machine has cores.
-    - `learn`: False records and serves but starts no distillation in this process.
+    - `learn`: False records and serves but starts no distillation in this process; `load_model`: False only records;
+      `read_only` only looks.
     - `library`: the shared library; None to find it (see `locum.find_library`).
 
     Opening raises `LibraryNotFound`, `PolicyError`, `StoreError` or another `LocumError`. A base model that is missing is no
@@ -57,12 +58,15 @@ class Locum:
         max_disk_bytes: int = 0,
         max_cache_bytes: int = 0,
         learn: bool = True,
+        load_model: bool = True,
         read_only: bool = False,
         library: PathLike | None = None,
     ) -> None:
         self.store = Path(store)
         self._options = {
-            "flags": (_ffi.OPEN_READ_ONLY if read_only else 0) | (0 if learn else _ffi.OPEN_NO_LEARNING),
+            "flags": (_ffi.OPEN_READ_ONLY if read_only else 0)
+            | (0 if learn else _ffi.OPEN_NO_LEARNING)
+            | (0 if load_model else _ffi.OPEN_NO_MODEL),
             "store_dir": os.fsencode(self.store),
             "policy_path": os.fsencode(policy) if policy else b"",
             "base_model_dir": os.fsencode(base_model) if base_model else b"",
@@ -212,7 +216,8 @@ class Locum:
 
         Options, all with defaults from the policy: `method` ("upper", "lora" or "full"), `tokens`, `max_seconds`, `epochs`,
         `lr`, `rank`, `alpha`, `upper_layers`, `batch_tokens`, `warmup_steps`, `weight_decay`, `patience`, `seed`,
-        `unfiltered` (True trains on everything, for comparison), `promote` ("auto" or "never").
+        `continue_student` (True starts from the promoted student), `unfiltered` (True trains on everything, for comparison),
+        `promote` ("auto", or "never": only stored).
         Raises `Busy` if one is running, `ModelError` if there is no base model.
         """
         data = json.dumps(options).encode() if options else b""
@@ -350,7 +355,7 @@ class Episode:
         return Decision(
             who="student" if out.who == _ffi.WHO_STUDENT else "teacher",
             reason=out.reason.decode("utf-8", "replace"),
-            reason_code=out.reason_code,
+            reason_name=_ffi.REASONS.get(out.reason_code, ""),
             student_version=out.student_version,
             confidence=out.confidence,
             decided_ns=out.decided_ns,
@@ -387,7 +392,7 @@ class Episode:
         with self._turn:
             status = self._lib.call("locum_generate", self._live(), byref(made), byref(out))
         if status == _ffi.TEACHER or not out.value:
-            raise AskTeacher("there is no student that could answer")
+            raise AskTeacher("there is no student that could answer", reason_name="no_student")
         return Call(self._locum, self._lib, out.value, deadline_ms or DEFAULT_DEADLINE_MS)
 
     def generate(self, messages: Sequence[Mapping[str, Any]] | None = None, **request: Any) -> Answer:
@@ -481,11 +486,12 @@ class Call:
         status = self._lib.call("locum_call_result", self._handle, byref(data))
         raw = self._lib.take(data)
         if status == _ffi.PENDING:
-            raise AskTeacher("the student has not answered in time")
+            raise AskTeacher("the student has not answered in time", reason_name="late")
         answer = json.loads(raw)
         about = answer.get("locum", {})
         if status == _ffi.TEACHER:
-            raise AskTeacher(str(about.get("reason", "the student gave no answer")))
+            name = _ffi.REASONS.get(about.get("reason_code"), "")
+            raise AskTeacher(str(about.get("reason", "the student gave no answer")), reason_name=name)
         return Answer(
             message=answer["message"],
             finish_reason=answer.get("finish_reason", ""),

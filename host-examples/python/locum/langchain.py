@@ -203,7 +203,7 @@ class LocumMiddleware(AgentMiddleware):
                 self._record_new(conversation, messages, history)
                 asked, obstacle = {**self._request, **_choice(request, tools)}, _obstacle(request)
                 if obstacle:
-                    decision = Decision("teacher", obstacle, 0, 0, 0.0, 0)
+                    decision = Decision("teacher", obstacle, "bad_request", 0, 0.0, 0)
                 else:
                     decision = conversation.episode.decide(messages, **asked)
             return _Turn(conversation, asked, messages, decision)

@@ -32,7 +32,7 @@ class FakeEpisode:
     def decide(self, messages: Any, **request: Any) -> Decision:
         self._check()
         self.requests.append(request)
-        return Decision(self.locum.who, "as told", 0, 1 if self.locum.who == "student" else 0, 0.5, 1000)
+        return Decision(self.locum.who, "as told", "policy", 1 if self.locum.who == "student" else 0, 0.5, 1000)
 
     def _answer(self) -> Answer:
         self._check()

@@ -66,6 +66,9 @@ class Declarations(unittest.TestCase):
         for prefix, numbers in (("LOCUM_ACTOR", _ffi.ACTORS), ("LOCUM_OUTCOME", _ffi.OUTCOMES)):
             for name, number in numbers.items():
                 self.assertRegex(header, rf"{prefix}_{name.upper()} = {number}\b")
+        for prefix, names in (("LOCUM_REASON", _ffi.REASONS), ("LOCUM_EVENT", _ffi.EVENTS)):
+            listed = {int(n): name.lower() for name, n in re.findall(rf"{prefix}_(\w+) = (\d+)", header)}
+            self.assertEqual(names, listed)
 
     def test_importing_the_package_brings_no_framework_and_is_quick(self) -> None:
         code = (
@@ -214,6 +217,7 @@ class Deciding(WithStore):
             decision = episode.decide([{"role": "user", "content": "Go left."}], tools=TOOLS)
             self.assertEqual(decision.who, "teacher")
             self.assertFalse(decision.student)
+            self.assertEqual(decision.reason_name, "no_student")
             self.assertTrue(decision.reason)
             with self.assertRaises(locum.AskTeacher):
                 episode.generate([{"role": "user", "content": "Go left."}], tools=TOOLS)
@@ -246,6 +250,10 @@ class Refusing(WithStore):
             with self.assertRaises(locum.PolicyError):
                 here.set_policy("return 7", "seven.lua")
             here.set_policy("return {}", "empty.lua")
+
+    def test_the_demos_policy_is_accepted(self) -> None:
+        with Locum(self.store, policy=Path(__file__).parents[1] / "demo" / "babyai.lua") as here:
+            self.assertIn("babyai.lua", here.stats()["policy"])
 
     def test_a_missing_policy_file_and_a_store_that_is_a_file_are_refused(self) -> None:
         with self.assertRaises(locum.NotFound):
@@ -318,7 +326,7 @@ class Waiting(WithStore):
             here.set_policy("return {}", "empty.lua")
             events = here.events(wait=2.0)
             self.assertTrue(events)
-            self.assertTrue(all(e.name for e in events))
+            self.assertIn("policy_loaded", [e.name for e in events])
             self.assertEqual(here.events(), [])
 
     def test_the_report_is_one_page(self) -> None:

@@ -30,7 +30,7 @@ class PretendEpisode(FakeEpisode):
     def decide(self, messages: Any, **request: Any) -> Decision:
         pretend: Any = self.locum
         student = pretend.pin in ("base", 1) or (pretend.pin == "automatic" and pretend.state == "canary" and int(self.id, 16) % 2 == 0)
-        return Decision("student" if student else "teacher", "as told", 0, 1, 0.5, 1)
+        return Decision("student" if student else "teacher", "as told", "policy", 1, 0.5, 1)
 
     def outcome(self, success: Any, **about: Any) -> None:
         super().outcome(success, **about)
