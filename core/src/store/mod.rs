@@ -15,6 +15,7 @@ mod read;
 mod rows;
 mod sessions;
 mod size;
+mod statements;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -35,6 +36,7 @@ use serde_json::Value;
 
 use crate::episode::{Counterfactual, Episode, EpisodeId, Observation, Outcome, Step};
 use crate::limits::{MAX_EPISODE_BYTES, MAX_QUEUED_BYTES, MAX_QUEUED_RECORDS, MAX_STEP_BYTES};
+use statements::Statements;
 use writer::{Command, Load, Writer};
 
 /// Longest wait for a document to become durable.
@@ -302,7 +304,15 @@ impl Store {
                 // wait in the writer's own hands too, and never hold up a flush.
                 let (sender, receiver) = crossbeam_channel::unbounded();
                 let path = dir.join(DATABASE);
-                let writer = Writer::new(db, path, session, receiver, load.clone(), health.clone());
+                let (load, health) = (load.clone(), health.clone());
+                let writer = Writer {
+                    db,
+                    path,
+                    session,
+                    receiver,
+                    load,
+                    health,
+                };
                 spawn_quiet("locum-store", move || writer.run()).map_err(|source| {
                     StoreError::Folder {
                         path: dir.clone(),
@@ -483,7 +493,7 @@ impl Store {
     /// Runs a read on a connection of its own, so that readers do not wait for each other.
     fn reading<T>(
         &self,
-        read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+        read: impl FnOnce(&Statements) -> rusqlite::Result<T>,
     ) -> Result<T, StoreError> {
         let kept = lock(&self.readers).pop();
         let mut connection = match kept {
@@ -491,7 +501,9 @@ impl Store {
             None => database::open_reader(&self.dir, &self.options)?,
         };
         // One transaction, so that all statements of a read see the same commit.
-        let result = connection.transaction().and_then(|tx| read(&tx));
+        let result = connection
+            .transaction()
+            .and_then(|tx| read(&Statements::new(&tx)));
         let mut readers = lock(&self.readers);
         if readers.len() < MAX_IDLE_READERS && !self.closed.load(Ordering::Acquire) {
             readers.push(connection);

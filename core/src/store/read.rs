@@ -1,10 +1,11 @@
 //! Questions that the store answers, each in one read transaction.
 
 use rusqlite::types::Value as Cell;
-use rusqlite::{params_from_iter, Connection, OptionalExtension, Row};
+use rusqlite::{params_from_iter, Row};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::statements::Statements;
 use super::{json, rows, JsonTable, Store, StoreError};
 use crate::episode::{Episode, EpisodeId, Outcome, Status};
 
@@ -109,7 +110,7 @@ impl Store {
                  n_teacher, n_student, started_at_ms, ended_at_ms, source_format, source_id,
                  (SELECT score FROM outcomes o WHERE o.episode=e.episode ORDER BY n DESC LIMIT 1)",
             );
-            let mut statement = db.prepare(&sql)?;
+            let mut statement = db.db().prepare(&sql)?;
             let found = statement.query_map(params_from_iter(cells), summary_from)?.collect();
             found
         })
@@ -119,7 +120,7 @@ impl Store {
     pub fn load(&self, query: &Query) -> Result<Vec<Episode>, StoreError> {
         self.reading(|db| {
             let (sql, cells) = select(query, "e.episode");
-            let mut statement = db.prepare(&sql)?;
+            let mut statement = db.db().prepare(&sql)?;
             let numbers: Vec<i64> = statement
                 .query_map(params_from_iter(cells), |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
@@ -141,11 +142,8 @@ impl Store {
     /// [`StoreError::Document`] if somebody has changed it to something that is not JSON.
     pub fn get_json(&self, table: JsonTable, id: &str) -> Result<Option<Value>, StoreError> {
         let text: Option<String> = self.reading(|db| {
-            let mut select =
-                db.prepare("SELECT value FROM documents WHERE kind=?1 AND id=?2")?;
-            select
-                .query_row((table.name(), id), |row| row.get(0))
-                .optional()
+            let sql = "SELECT value FROM documents WHERE kind=?1 AND id=?2";
+            db.first(sql, (table.name(), id), |row| row.get(0))
         })?;
         text.map(|text| document(table, id, &text)).transpose()
     }
@@ -153,12 +151,8 @@ impl Store {
     /// The documents of a kind with their ids, in the order in which they were first put.
     pub fn list_json(&self, table: JsonTable) -> Result<Vec<(String, Value)>, StoreError> {
         let all: Vec<(String, String)> = self.reading(|db| {
-            let mut select =
-                db.prepare("SELECT id, value FROM documents WHERE kind=?1 ORDER BY n")?;
-            let found = select
-                .query_map([table.name()], |row| Ok((row.get(0)?, row.get(1)?)))?
-                .collect();
-            found
+            let sql = "SELECT id, value FROM documents WHERE kind=?1 ORDER BY n";
+            db.all(sql, [table.name()], |row| Ok((row.get(0)?, row.get(1)?)))
         })?;
         all.into_iter()
             .map(|(id, text)| {
@@ -262,16 +256,14 @@ fn summary_from(row: &Row) -> rusqlite::Result<EpisodeSummary> {
     })
 }
 
-fn counts(db: &Connection, since_ms: Option<u64>) -> rusqlite::Result<Counts> {
-    let mut statement = db.prepare(
-        "SELECT count(*), sum(closed=0), sum(closed), sum(incomplete),
+fn counts(db: &Statements, since_ms: Option<u64>) -> rusqlite::Result<Counts> {
+    let since = since_ms.map(|ms| ms.min(i64::MAX as u64) as i64);
+    let sql = "SELECT count(*), sum(closed=0), sum(closed), sum(incomplete),
            sum(status='success'), sum(status='partial'), sum(status='failure'), sum(status='aborted'),
            sum(closed AND coalesce(status, 'unknown')='unknown'),
            sum(n_steps), sum(n_agent), sum(n_teacher), sum(n_student)
-         FROM episodes WHERE ?1 IS NULL OR arrived_at_ms>=?1",
-    )?;
-    let since = since_ms.map(|ms| ms.min(i64::MAX as u64) as i64);
-    statement.query_row([since], |row| {
+         FROM episodes WHERE ?1 IS NULL OR arrived_at_ms>=?1";
+    let counts = db.first(sql, [since], |row| {
         let n = |at: usize| row.get::<_, Option<i64>>(at).map(|n| n.unwrap_or(0) as u64);
         Ok(Counts {
             episodes: n(0)?,
@@ -288,5 +280,6 @@ fn counts(db: &Connection, since_ms: Option<u64>) -> rusqlite::Result<Counts> {
             teacher_steps: n(11)?,
             student_steps: n(12)?,
         })
-    })
+    })?;
+    Ok(counts.unwrap_or_default())
 }

@@ -1,12 +1,12 @@
 //! Episodes as rows and back: what is loaded is what was recorded.
 
 use rusqlite::types::{Type, Value as Cell};
-use rusqlite::{params, Connection, OptionalExtension, Row};
+use rusqlite::{params, Row};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::json;
+use super::{json, statements::Statements};
 use crate::episode::{
     Actor, Agent, Content, Counterfactual, Criterion, Episode, EpisodeId, Observation, Outcome,
     Provenance, Source, Split, Status, Step, Task, TokenIds, ToolCall,
@@ -37,95 +37,98 @@ impl Tally {
 
 /// Writes an episode's own row, without steps and outcome, and returns its number; `None` if the id is there already.
 pub fn insert_episode(
-    db: &Connection,
+    db: &Statements,
     episode: &Episode,
     recorder: Option<i64>,
 ) -> rusqlite::Result<Option<i64>> {
-    let mut insert = db.prepare(
-        "INSERT INTO episodes (id, schema, session_id, parent_id, continued_from, task_id, domain, group_key,
+    let task = &episode.task;
+    let from = &episode.provenance;
+    let sql = "INSERT INTO episodes (id, schema, session_id, parent_id, continued_from, task_id, domain, group_key,
            instruction, split, agent_name, agent_version, tools, closed, incomplete, started_at_ms, ended_at_ms,
            arrived_at_ms, source_format, source_id, imported_at_ms, redactions, extra, recorder)
          VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18,?19,?20,?21,?22,?23,?24)
-         ON CONFLICT (id) DO NOTHING",
+         ON CONFLICT (id) DO NOTHING";
+    let made = db.execute(
+        sql,
+        params![
+            episode.episode_id.0,
+            episode.schema,
+            episode.session_id,
+            episode.parent_id.map(|id| id.0),
+            episode.continued_from.map(|id| id.0),
+            task.id,
+            task.domain,
+            task.group_key,
+            task.instruction,
+            task.split.map(split_name),
+            episode.agent.name,
+            episode.agent.version,
+            list(&episode.tools)?,
+            episode.closed,
+            episode.incomplete,
+            episode.started_at_ms as i64,
+            episode.ended_at_ms.map(|ms| ms as i64),
+            from.imported_at_ms.unwrap_or(episode.started_at_ms) as i64,
+            from.source_format,
+            from.source_id,
+            from.imported_at_ms.map(|ms| ms as i64),
+            list(&from.redactions)?,
+            object(&episode.extra),
+            if episode.closed { None } else { recorder },
+        ],
     )?;
-    let task = &episode.task;
-    let from = &episode.provenance;
-    let made = insert.execute(params![
-        episode.episode_id.0,
-        episode.schema,
-        episode.session_id,
-        episode.parent_id.map(|id| id.0),
-        episode.continued_from.map(|id| id.0),
-        task.id,
-        task.domain,
-        task.group_key,
-        task.instruction,
-        task.split.map(split_name),
-        episode.agent.name,
-        episode.agent.version,
-        list(&episode.tools)?,
-        episode.closed,
-        episode.incomplete,
-        episode.started_at_ms as i64,
-        episode.ended_at_ms.map(|ms| ms as i64),
-        from.imported_at_ms.unwrap_or(episode.started_at_ms) as i64,
-        from.source_format,
-        from.source_id,
-        from.imported_at_ms.map(|ms| ms as i64),
-        list(&from.redactions)?,
-        object(&episode.extra),
-        if episode.closed { None } else { recorder },
-    ])?;
-    Ok((made == 1).then(|| db.last_insert_rowid()))
+    Ok((made == 1).then(|| db.db().last_insert_rowid()))
 }
 
 /// Writes a step with its calls and observations.
-pub fn insert_step(db: &Connection, episode: i64, step: &Step) -> rusqlite::Result<()> {
-    let mut insert = db.prepare(
-        "INSERT INTO steps (episode, step, source, actor, model, weights_id, message, message_parts, reasoning,
-           started_at_ms, ended_at_ms, usage, prompt_digest, token_ids, decision, counterfactual, label,
-           copied_context, extra)
-         VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18,?19)",
-    )?;
+pub fn insert_step(db: &Statements, episode: i64, step: &Step) -> rusqlite::Result<()> {
     let (text, parts) = content(&step.message);
     let mut label = step.label.clone();
     if let Some(label) = label.as_mut().filter(|label| !label.weight.is_finite()) {
         label.weight = 0.0;
     }
-    insert.execute(params![
-        episode,
-        step.index,
-        source_name(step.source),
-        actor_name(step.actor),
-        step.model,
-        step.weights_id,
-        text,
-        parts,
-        step.reasoning,
-        step.started_at_ms.map(|ms| ms as i64),
-        step.ended_at_ms.map(|ms| ms as i64),
-        step.usage.as_ref().map(document).transpose()?,
-        step.prompt_digest,
-        step.token_ids.as_ref().map(token_bytes),
-        step.decision.as_ref().map(document).transpose()?,
-        step.counterfactual.as_ref().map(document).transpose()?,
-        label.as_ref().map(document).transpose()?,
-        step.copied_context,
-        object(&step.extra),
-    ])?;
-    for (n, call) in step.tool_calls.iter().enumerate() {
-        let mut insert =
-            db.prepare("INSERT INTO tool_calls VALUES (?1,?2,?3,?4,?5,?6,?7,?8)")?;
-        insert.execute(params![
+    let sql = "INSERT INTO steps (episode, step, source, actor, model, weights_id, message, message_parts, reasoning,
+           started_at_ms, ended_at_ms, usage, prompt_digest, token_ids, decision, counterfactual, label,
+           copied_context, extra)
+         VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18,?19)";
+    db.execute(
+        sql,
+        params![
             episode,
             step.index,
-            n as i64,
-            call.id,
-            call.name,
-            json::print(&call.arguments),
-            call.arguments_raw,
-            object(&call.extra)
-        ])?;
+            source_name(step.source),
+            actor_name(step.actor),
+            step.model,
+            step.weights_id,
+            text,
+            parts,
+            step.reasoning,
+            step.started_at_ms.map(|ms| ms as i64),
+            step.ended_at_ms.map(|ms| ms as i64),
+            step.usage.as_ref().map(document).transpose()?,
+            step.prompt_digest,
+            step.token_ids.as_ref().map(token_bytes),
+            step.decision.as_ref().map(document).transpose()?,
+            step.counterfactual.as_ref().map(document).transpose()?,
+            label.as_ref().map(document).transpose()?,
+            step.copied_context,
+            object(&step.extra),
+        ],
+    )?;
+    for (n, call) in step.tool_calls.iter().enumerate() {
+        db.execute(
+            "INSERT INTO tool_calls VALUES (?1,?2,?3,?4,?5,?6,?7,?8)",
+            params![
+                episode,
+                step.index,
+                n as i64,
+                call.id,
+                call.name,
+                json::print(&call.arguments),
+                call.arguments_raw,
+                object(&call.extra)
+            ],
+        )?;
     }
     for (n, observation) in step.observations.iter().enumerate() {
         insert_observation(db, episode, step.index, n as i64, observation)?;
@@ -135,70 +138,70 @@ pub fn insert_step(db: &Connection, episode: i64, step: &Step) -> rusqlite::Resu
 
 /// Adds an observation to a step that is there; false if it is not.
 pub fn append_observation(
-    db: &Connection,
+    db: &Statements,
     episode: i64,
     step: u32,
     o: &Observation,
 ) -> rusqlite::Result<bool> {
-    let mut there = db.prepare("SELECT 1 FROM steps WHERE episode=?1 AND step=?2")?;
-    if !there.exists(params![episode, step])? {
+    let there = "SELECT 1 FROM steps WHERE episode=?1 AND step=?2";
+    if db
+        .first(there, params![episode, step], |_| Ok(()))?
+        .is_none()
+    {
         return Ok(false);
     }
-    let mut next = db.prepare(
-        "SELECT coalesce(max(n)+1, 0) FROM observations WHERE episode=?1 AND step=?2",
-    )?;
-    let n: i64 = next.query_row(params![episode, step], |row| row.get(0))?;
+    let sql = "SELECT coalesce(max(n)+1, 0) FROM observations WHERE episode=?1 AND step=?2";
+    let n = db
+        .first(sql, params![episode, step], |row| row.get(0))?
+        .unwrap_or(0);
     insert_observation(db, episode, step, n, o)?;
     Ok(true)
 }
 
 fn insert_observation(
-    db: &Connection,
+    db: &Statements,
     episode: i64,
     step: u32,
     n: i64,
     o: &Observation,
 ) -> rusqlite::Result<()> {
     let (text, parts) = content(&o.content);
-    let mut insert =
-        db.prepare("INSERT INTO observations VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9)")?;
-    insert.execute(params![
-        episode,
-        step,
-        n,
-        o.call_id,
-        text,
-        parts,
-        o.is_error,
-        o.truncated,
-        object(&o.extra)
-    ])?;
+    let sql = "INSERT INTO observations VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9)";
+    db.execute(
+        sql,
+        params![
+            episode,
+            step,
+            n,
+            o.call_id,
+            text,
+            parts,
+            o.is_error,
+            o.truncated,
+            object(&o.extra)
+        ],
+    )?;
     Ok(())
 }
 
 /// Sets what the one who did not act would have done; false if there is no such step.
 pub fn set_counterfactual(
-    db: &Connection,
+    db: &Statements,
     episode: i64,
     step: u32,
     value: &Counterfactual,
 ) -> rusqlite::Result<bool> {
-    let mut update =
-        db.prepare("UPDATE steps SET counterfactual=?3 WHERE episode=?1 AND step=?2")?;
-    Ok(update.execute(params![episode, step, document(value)?])? == 1)
+    let sql = "UPDATE steps SET counterfactual=?3 WHERE episode=?1 AND step=?2";
+    Ok(db.execute(sql, params![episode, step, document(value)?])? == 1)
 }
 
 /// Adds an outcome, which supersedes the earlier ones.
 pub fn insert_outcome(
-    db: &Connection,
+    db: &Statements,
     episode: i64,
     outcome: &Outcome,
     now_ms: u64,
 ) -> rusqlite::Result<()> {
-    let mut insert = db.prepare(
-        "INSERT INTO outcomes SELECT ?1, coalesce(max(n)+1, 0), ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10
-         FROM outcomes WHERE episode=?1",
-    )?;
     let mut criteria: Vec<Criterion> = outcome.criteria.clone();
     for criterion in criteria
         .iter_mut()
@@ -206,90 +209,97 @@ pub fn insert_outcome(
     {
         criterion.weight = 0.0;
     }
-    insert.execute(params![
-        episode,
-        now_ms as i64,
-        status_name(outcome.status),
-        outcome.score,
-        outcome.reason,
-        list(&criteria)?,
-        document(&outcome.integrity)?,
-        document(&outcome.judge)?,
-        list(&outcome.tags)?,
-        object(&outcome.extra),
-    ])?;
-    let mut update = db.prepare("UPDATE episodes SET status=?2 WHERE episode=?1")?;
-    update.execute(params![episode, status_name(outcome.status)])?;
+    let sql =
+        "INSERT INTO outcomes SELECT ?1, coalesce(max(n)+1, 0), ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10
+         FROM outcomes WHERE episode=?1";
+    db.execute(
+        sql,
+        params![
+            episode,
+            now_ms as i64,
+            status_name(outcome.status),
+            outcome.score,
+            outcome.reason,
+            list(&criteria)?,
+            document(&outcome.integrity)?,
+            document(&outcome.judge)?,
+            list(&outcome.tags)?,
+            object(&outcome.extra),
+        ],
+    )?;
+    db.execute(
+        "UPDATE episodes SET status=?2 WHERE episode=?1",
+        params![episode, status_name(outcome.status)],
+    )?;
     Ok(())
 }
 
 /// Adds to the counts in an episode's row.
-pub fn add_tally(db: &Connection, episode: i64, tally: &Tally) -> rusqlite::Result<()> {
-    let mut update = db.prepare(
-        "UPDATE episodes SET n_steps=n_steps+?2, n_agent=n_agent+?3, n_teacher=n_teacher+?4, n_student=n_student+?5
-         WHERE episode=?1",
+pub fn add_tally(db: &Statements, episode: i64, tally: &Tally) -> rusqlite::Result<()> {
+    let sql = "UPDATE episodes SET n_steps=n_steps+?2, n_agent=n_agent+?3, n_teacher=n_teacher+?4, n_student=n_student+?5
+         WHERE episode=?1";
+    db.execute(
+        sql,
+        params![
+            episode,
+            tally.steps,
+            tally.agent,
+            tally.teacher,
+            tally.student
+        ],
     )?;
-    update.execute(params![
-        episode,
-        tally.steps,
-        tally.agent,
-        tally.teacher,
-        tally.student
-    ])?;
     Ok(())
 }
 
 /// Removes an episode with everything that belongs to it.
-pub fn delete_episode(db: &Connection, episode: i64) -> rusqlite::Result<()> {
-    for table in [
-        "steps",
-        "tool_calls",
-        "observations",
-        "outcomes",
-        "episodes",
+pub fn delete_episode(db: &Statements, episode: i64) -> rusqlite::Result<()> {
+    for sql in [
+        "DELETE FROM steps WHERE episode=?1",
+        "DELETE FROM tool_calls WHERE episode=?1",
+        "DELETE FROM observations WHERE episode=?1",
+        "DELETE FROM outcomes WHERE episode=?1",
+        "DELETE FROM episodes WHERE episode=?1",
     ] {
-        db.prepare(&format!("DELETE FROM {table} WHERE episode=?1"))?
-            .execute([episode])?;
+        db.execute(sql, [episode])?;
     }
     Ok(())
 }
 
 /// The number of the episode with this id.
-pub fn find(db: &Connection, id: EpisodeId) -> rusqlite::Result<Option<i64>> {
-    db.prepare("SELECT episode FROM episodes WHERE id=?1")?
-        .query_row([id.0], |row| row.get(0))
-        .optional()
+pub fn find(db: &Statements, id: EpisodeId) -> rusqlite::Result<Option<i64>> {
+    db.first("SELECT episode FROM episodes WHERE id=?1", [id.0], |row| {
+        row.get(0)
+    })
 }
 
 /// Rebuilds a whole episode.
-pub fn load(db: &Connection, episode: i64) -> rusqlite::Result<Option<Episode>> {
-    let mut select = db.prepare("SELECT * FROM episodes WHERE episode=?1")?;
-    let Some(mut value) = select.query_row([episode], episode_from).optional()? else {
+pub fn load(db: &Statements, episode: i64) -> rusqlite::Result<Option<Episode>> {
+    let select = "SELECT * FROM episodes WHERE episode=?1";
+    let Some(mut value) = db.first(select, [episode], episode_from)? else {
         return Ok(None);
     };
-    let mut steps = db.prepare("SELECT * FROM steps WHERE episode=?1 ORDER BY step")?;
-    value.steps = steps
-        .query_map([episode], step_from)?
-        .collect::<Result<_, _>>()?;
+    value.steps = db.all(
+        "SELECT * FROM steps WHERE episode=?1 ORDER BY step",
+        [episode],
+        step_from,
+    )?;
     // Calls and observations come in the order of the steps, so one walk gives each its step.
-    let mut calls =
-        db.prepare("SELECT * FROM tool_calls WHERE episode=?1 ORDER BY step, n")?;
-    let mut at = 0;
-    for row in calls.query_map([episode], |row| {
+    let select = "SELECT * FROM tool_calls WHERE episode=?1 ORDER BY step, n";
+    let calls = db.all(select, [episode], |row| {
         Ok((row.get::<_, u32>("step")?, call_from(row)?))
-    })? {
-        let (step, call) = row?;
+    })?;
+    let mut at = 0;
+    for (step, call) in calls {
         if seek(&value.steps, &mut at, step) {
             value.steps[at].tool_calls.push(call);
         }
     }
-    let mut observations =
-        db.prepare("SELECT * FROM observations WHERE episode=?1 ORDER BY step, n")?;
-    let mut at = 0;
-    for row in observations.query_map([episode], |row| {
+    let select = "SELECT * FROM observations WHERE episode=?1 ORDER BY step, n";
+    let seen = db.all(select, [episode], |row| {
         Ok((row.get::<_, u32>("step")?, observation_from(row)?))
-    })? {
-        let (step, observation) = row?;
+    })?;
+    let mut at = 0;
+    for (step, observation) in seen {
         if seek(&value.steps, &mut at, step) {
             value.steps[at].observations.push(observation);
         }
@@ -306,10 +316,12 @@ fn seek(steps: &[Step], at: &mut usize, index: u32) -> bool {
 }
 
 /// Every outcome of an episode, oldest first.
-pub fn outcomes(db: &Connection, episode: i64) -> rusqlite::Result<Vec<Outcome>> {
-    let mut select = db.prepare("SELECT * FROM outcomes WHERE episode=?1 ORDER BY n")?;
-    let found = select.query_map([episode], outcome_from)?.collect();
-    found
+pub fn outcomes(db: &Statements, episode: i64) -> rusqlite::Result<Vec<Outcome>> {
+    db.all(
+        "SELECT * FROM outcomes WHERE episode=?1 ORDER BY n",
+        [episode],
+        outcome_from,
+    )
 }
 
 fn episode_from(row: &Row) -> rusqlite::Result<Episode> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::{params, Connection, TransactionBehavior};
 
 use super::database::{explain, private_file, DATABASE};
-use super::{rows, StoreError};
+use super::{rows, statements::Statements, StoreError};
 use crate::episode::{Judge, JudgeKind, Outcome, Status};
 
 /// Folder of the lock files of recording stores.
@@ -90,7 +90,7 @@ fn settle_dead(db: &mut Connection, dir: &Path, own: i64, now_ms: u64) -> Result
             .transaction_with_behavior(TransactionBehavior::Immediate)
             .map_err(said)?;
         let n = settle(
-            &tx,
+            &Statements::new(&tx),
             session,
             "the process that recorded it ended without closing it",
             now_ms,
@@ -111,12 +111,9 @@ fn settle_dead(db: &mut Connection, dir: &Path, own: i64, now_ms: u64) -> Result
 }
 
 /// Closes the open episodes of a session as aborted and incomplete, and forgets the session.
-pub fn settle(db: &Connection, session: i64, why: &str, now_ms: u64) -> rusqlite::Result<usize> {
-    let mut select =
-        db.prepare("SELECT episode, status IS NULL FROM episodes WHERE recorder=?1")?;
-    let open: Vec<(i64, bool)> = select
-        .query_map([session], |row| Ok((row.get(0)?, row.get(1)?)))?
-        .collect::<Result<_, _>>()?;
+pub fn settle(db: &Statements, session: i64, why: &str, now_ms: u64) -> rusqlite::Result<usize> {
+    let sql = "SELECT episode, status IS NULL FROM episodes WHERE recorder=?1";
+    let open: Vec<(i64, bool)> = db.all(sql, [session], |row| Ok((row.get(0)?, row.get(1)?)))?;
     for &(episode, unjudged) in &open {
         // An outcome that the host gave without closing stands.
         if unjudged {
@@ -146,20 +143,16 @@ pub fn settle(db: &Connection, session: i64, why: &str, now_ms: u64) -> rusqlite
 }
 
 /// Closes an episode, at `now_ms` unless it has an end already.
-pub fn close(db: &Connection, episode: i64, now_ms: u64) -> rusqlite::Result<()> {
-    let mut update = db.prepare(
-        "UPDATE episodes SET closed=1, recorder=NULL, ended_at_ms=coalesce(ended_at_ms, ?2) WHERE episode=?1",
-    )?;
-    update.execute(params![episode, now_ms as i64])?;
+pub fn close(db: &Statements, episode: i64, now_ms: u64) -> rusqlite::Result<()> {
+    let sql = "UPDATE episodes SET closed=1, recorder=NULL, ended_at_ms=coalesce(ended_at_ms, ?2) WHERE episode=?1";
+    db.execute(sql, params![episode, now_ms as i64])?;
     Ok(())
 }
 
 /// Marks that something of an episode was lost.
-pub fn mark_incomplete(db: &Connection, episode: i64, why: &str) -> rusqlite::Result<()> {
-    let mut update = db.prepare(
-        "UPDATE episodes SET incomplete=1, incomplete_why=concat_ws(char(10), incomplete_why, ?2) WHERE episode=?1",
-    )?;
-    update.execute(params![episode, why])?;
+pub fn mark_incomplete(db: &Statements, episode: i64, why: &str) -> rusqlite::Result<()> {
+    let sql = "UPDATE episodes SET incomplete=1, incomplete_why=concat_ws(char(10), incomplete_why, ?2) WHERE episode=?1";
+    db.execute(sql, params![episode, why])?;
     Ok(())
 }
 

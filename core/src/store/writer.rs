@@ -2,17 +2,18 @@
 //! written yet until it can.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use rusqlite::{params, Connection, ErrorCode, TransactionBehavior};
+use rusqlite::{params, Connection, ErrorCode};
 
 use super::database::explain;
 use super::rows::{self, Tally};
 use super::sessions::{self, Session};
+use super::statements::Statements;
 use super::{now_ms, JsonTable, Record, StoreError};
 use crate::episode::EpisodeId;
 
@@ -63,47 +64,75 @@ pub struct Health {
     pub failing: Option<String>,
 }
 
+/// What the writer thread is given.
 pub struct Writer {
-    db: Connection,
-    path: PathBuf,
-    session: Session,
-    receiver: Receiver<Command>,
-    load: Arc<Load>,
-    health: Arc<Mutex<Health>>,
-    /// Numbers of the episodes being recorded.
-    known: HashMap<EpisodeId, i64>,
-    /// Accepted and not yet durable, oldest first.
-    pending: Vec<(Record, usize)>,
-    tried: Option<Instant>,
-    unchecked: bool,
+    pub db: Connection,
+    pub path: PathBuf,
+    pub session: Session,
+    pub receiver: Receiver<Command>,
+    pub load: Arc<Load>,
+    pub health: Arc<Mutex<Health>>,
 }
 
 impl Writer {
-    pub fn new(
-        db: Connection,
-        path: PathBuf,
-        session: Session,
-        receiver: Receiver<Command>,
-        load: Arc<Load>,
-        health: Arc<Mutex<Health>>,
-    ) -> Self {
-        let (known, pending) = (HashMap::new(), Vec::new());
-        Self {
+    /// Works until told to stop, or until every sender is gone.
+    pub fn run(self) {
+        let Self {
             db,
             path,
             session,
             receiver,
             load,
             health,
-            known,
-            pending,
+        } = self;
+        let mut work = Work {
+            statements: Statements::new(&db),
+            path: &path,
+            session: session.number,
+            receiver: &receiver,
+            load: &load,
+            health: &health,
+            known: HashMap::new(),
+            pending: Vec::new(),
             tried: None,
             unchecked: false,
+        };
+        let reply = work.run();
+        let finished = work.finish();
+        drop(work);
+        // Closing the last connection checkpoints and removes the log. The session's lock goes after
+        // it; if its episodes could not be settled, the next open does it.
+        drop(db);
+        if finished.is_ok() {
+            session.end();
+        }
+        if let Some(reply) = reply {
+            let _ = reply.send(finished);
         }
     }
+}
 
-    /// Works until told to stop, or until every sender is gone.
-    pub fn run(mut self) {
+/// The writer at work.
+struct Work<'c> {
+    statements: Statements<'c>,
+    path: &'c Path,
+    session: i64,
+    receiver: &'c Receiver<Command>,
+    load: &'c Load,
+    health: &'c Mutex<Health>,
+    /// Numbers of the episodes being recorded.
+    known: HashMap<EpisodeId, i64>,
+    /// Accepted and not yet durable, oldest first.
+    pending: Vec<(Record, usize)>,
+    /// When the disk last refused.
+    tried: Option<Instant>,
+    /// Something was written since the last checkpoint.
+    unchecked: bool,
+}
+
+impl Work<'_> {
+    /// Returns who asked for the end, if anybody did.
+    fn run(&mut self) -> Option<Sender<Result<(), StoreError>>> {
         loop {
             let next = match (self.pending.is_empty(), self.unchecked) {
                 (false, _) => self.receiver.recv_timeout(RETRY),
@@ -116,18 +145,14 @@ impl Writer {
             match next {
                 Ok(command) => {
                     if let Some(reply) = self.work(command) {
-                        let _ = reply.send(self.finish());
-                        return;
+                        return Some(reply);
                     }
                 }
                 Err(RecvTimeoutError::Timeout) if !self.pending.is_empty() => {
                     let _ = self.write();
                 }
                 Err(RecvTimeoutError::Timeout) => self.checkpoint(),
-                Err(RecvTimeoutError::Disconnected) => {
-                    let _ = self.finish();
-                    return;
-                }
+                Err(RecvTimeoutError::Disconnected) => return None,
             }
         }
     }
@@ -178,7 +203,7 @@ impl Writer {
     fn answer(&self, result: &Result<(), StoreError>) -> Result<(), StoreError> {
         match result {
             Ok(()) => Ok(()),
-            Err(error) => Err(error.again(&self.path)),
+            Err(error) => Err(error.again(self.path)),
         }
     }
 
@@ -205,7 +230,7 @@ impl Writer {
                 Err(error) => {
                     self.known.clear();
                     self.tried = Some(Instant::now());
-                    let error = explain(&self.path, error);
+                    let error = explain(self.path, error);
                     let mut health = self.health();
                     health.failed_commits += 1;
                     let sentence = error.to_string();
@@ -221,7 +246,7 @@ impl Writer {
         Ok(())
     }
 
-    fn health(&self) -> std::sync::MutexGuard<'_, Health> {
+    fn health(&self) -> MutexGuard<'_, Health> {
         // The values are plain, so they are sound even if a holder panicked.
         self.health
             .lock()
@@ -230,23 +255,26 @@ impl Writer {
 
     /// Writes the first `n` pending records in one transaction. Returns the sentences of those refused.
     fn commit(&mut self, n: usize) -> rusqlite::Result<Vec<String>> {
-        let tx = self
-            .db
-            .transaction_with_behavior(TransactionBehavior::Immediate)?;
+        self.statements.execute("BEGIN IMMEDIATE", [])?;
+        let written = self.apply_all(n).and_then(|refusals| {
+            self.statements.execute("COMMIT", [])?;
+            Ok(refusals)
+        });
+        // A full disk may have ended the transaction already.
+        if written.is_err() && !self.statements.db().is_autocommit() {
+            self.statements.execute("ROLLBACK", [])?;
+        }
+        written
+    }
+
+    fn apply_all(&mut self, n: usize) -> rusqlite::Result<Vec<String>> {
+        let db = &self.statements;
         let mut refusals = Vec::new();
         let mut tallies: HashMap<i64, Tally> = HashMap::new();
         for (record, _) in &self.pending[..n] {
-            tx.prepare("SAVEPOINT one")?.execute([])?;
-            let done = apply(
-                &tx,
-                &mut self.known,
-                &mut tallies,
-                record,
-                self.session.number,
-            );
-            let refusal = match done {
-                Ok(None) => None,
-                Ok(Some(refusal)) => Some(refusal),
+            db.execute("SAVEPOINT one", [])?;
+            let refusal = match apply(db, &mut self.known, &mut tallies, record, self.session) {
+                Ok(refusal) => refusal,
                 Err(error) if is_own_fault(&error) => Some(format!(
                     "{} of episode {}: {error}",
                     record.kind(),
@@ -255,38 +283,33 @@ impl Writer {
                 Err(error) => return Err(error),
             };
             if let Some(refusal) = refusal {
-                tx.prepare("ROLLBACK TO one")?.execute([])?;
+                db.execute("ROLLBACK TO one", [])?;
                 if record.loses_a_step() {
-                    if let Some(episode) = rows::find(&tx, record.episode())? {
-                        sessions::mark_incomplete(&tx, episode, &refusal)?;
+                    if let Some(episode) = rows::find(db, record.episode())? {
+                        sessions::mark_incomplete(db, episode, &refusal)?;
                     }
                 }
                 refusals.push(refusal);
             }
-            tx.prepare("RELEASE one")?.execute([])?;
+            db.execute("RELEASE one", [])?;
         }
         for (episode, tally) in &tallies {
-            rows::add_tally(&tx, *episode, tally)?;
+            rows::add_tally(db, *episode, tally)?;
         }
-        tx.commit()?;
         Ok(refusals)
     }
 
     fn put(&mut self, table: JsonTable, id: &str, value: Option<&str>) -> Result<(), StoreError> {
+        let insert = "INSERT INTO documents (kind, id, value, updated_at_ms) VALUES (?1, ?2, ?3, ?4)
+             ON CONFLICT (kind, id) DO UPDATE SET value=excluded.value, updated_at_ms=excluded.updated_at_ms";
+        let delete = "DELETE FROM documents WHERE kind=?1 AND id=?2";
         let done = match value {
             Some(value) => self
-                .db
-                .prepare(
-                    "INSERT INTO documents (kind, id, value, updated_at_ms) VALUES (?1, ?2, ?3, ?4)
-                 ON CONFLICT (kind, id) DO UPDATE SET value=excluded.value, updated_at_ms=excluded.updated_at_ms",
-                )
-                .and_then(|mut s| s.execute(params![table.name(), id, value, now_ms() as i64])),
-            None => self
-                .db
-                .prepare("DELETE FROM documents WHERE kind=?1 AND id=?2")
-                .and_then(|mut s| s.execute(params![table.name(), id])),
+                .statements
+                .execute(insert, params![table.name(), id, value, now_ms() as i64]),
+            None => self.statements.execute(delete, params![table.name(), id]),
         };
-        let done = done.map(|_| ()).map_err(|error| explain(&self.path, error));
+        let done = done.map(|_| ()).map_err(|error| explain(self.path, error));
         match &done {
             Ok(()) => self.unchecked = true,
             Err(error) => {
@@ -301,46 +324,30 @@ impl Writer {
     fn checkpoint(&mut self) {
         self.unchecked = false;
         if let Err(error) = self
-            .db
-            .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))
+            .statements
+            .first("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))
         {
             tracing::debug!(%error, "checkpoint put off");
         }
     }
 
-    /// Writes what is left, settles the episodes left open, gives the session back.
-    fn finish(mut self) -> Result<(), StoreError> {
-        let written = self.write();
-        let Self {
-            mut db,
-            path,
-            session,
-            pending,
-            ..
-        } = self;
-        if let Err(error) = written {
-            // The lock goes with this thread, so the next open settles the session.
+    /// Writes what is left and settles the episodes left open.
+    fn finish(&mut self) -> Result<(), StoreError> {
+        if let Err(error) = self.write() {
             return Err(StoreError::Lost {
-                records: pending.len(),
+                records: self.pending.len(),
                 cause: error.to_string(),
             });
         }
-        let settled = db
-            .transaction_with_behavior(TransactionBehavior::Immediate)
-            .and_then(|tx| {
-                sessions::settle(
-                    &tx,
-                    session.number,
-                    "the store was closed before the episode ended",
-                    now_ms(),
-                )?;
-                tx.commit()
-            });
-        // Closing the last connection checkpoints and removes the log; the session's lock goes after it.
-        drop(db);
-        settled.map_err(|error| explain(&path, error))?;
-        session.end();
-        Ok(())
+        let db = &self.statements;
+        let why = "the store was closed before the episode ended";
+        let settled = db.execute("BEGIN IMMEDIATE", []).and_then(|_| {
+            sessions::settle(db, self.session, why, now_ms())?;
+            db.execute("COMMIT", [])
+        });
+        settled
+            .map(|_| ())
+            .map_err(|error| explain(self.path, error))
     }
 }
 
@@ -361,7 +368,7 @@ fn is_own_fault(error: &rusqlite::Error) -> bool {
 
 /// Writes one record; `Some` is the sentence why it does not fit what is stored.
 fn apply(
-    db: &Connection,
+    db: &Statements,
     known: &mut HashMap<EpisodeId, i64>,
     tallies: &mut HashMap<i64, Tally>,
     record: &Record,
@@ -405,9 +412,8 @@ fn apply(
         Record::Step { step, .. } => {
             // Open episodes are known, so this asks the database only about those that are not.
             if !known.contains_key(&id) {
-                let mut select =
-                    db.prepare("SELECT closed FROM episodes WHERE episode=?1")?;
-                if select.query_row([number], |row| row.get::<_, bool>(0))? {
+                let sql = "SELECT closed FROM episodes WHERE episode=?1";
+                if db.first(sql, [number], |row| row.get(0))? == Some(true) {
                     return Ok(Some(format!(
                         "step {} of episode {id}, which is closed",
                         step.index
