@@ -1,15 +1,17 @@
-//! The report: plain numbers in, one self-contained HTML page out. It computes nothing about the world and reads no store.
+//! The report: plain numbers in, one self-contained HTML page out. [`render`] reads no store and no clock.
 //!
 //! The page opens without a server, runs no script, loads nothing, follows the reader's light or dark setting, and escapes
 //! every string it is given: task names, reasons and policy names may come from a hostile episode.
 
 mod chart;
 mod html;
+mod machine;
 mod page;
 
 use serde::{Deserialize, Serialize};
 
 pub use html::utc;
+pub use machine::{disk_free_bytes, machine, Machine};
 
 /// Most bars of the chart "who answered".
 pub const MAX_BUCKETS: usize = 48;

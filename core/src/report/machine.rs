@@ -1,0 +1,146 @@
+//! What this machine is and has left, read from the system when asked.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::Fact;
+use crate::kernels;
+
+/// A machine in numbers. Zero and empty mean that the system does not say.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    pub processor: String,
+    /// Cores this process may use.
+    pub cores: usize,
+    pub memory_bytes: u64,
+    /// What programs can still get without swapping.
+    pub memory_free_bytes: u64,
+    /// Features of the processor that the kernels know.
+    pub features: Vec<String>,
+    /// What the kernels compute with on this processor.
+    pub kernels: String,
+    /// Why no graphics processor is used.
+    pub graphics: String,
+}
+
+/// Looks at the machine. Reads a few small files of the system, so not for the path of a step.
+pub fn machine() -> Machine {
+    let memory = |name: &str| {
+        field("/proc/meminfo", name)
+            .and_then(|v| v.split(' ').next()?.parse::<u64>().ok())
+            .unwrap_or(0)
+            * 1024
+    };
+    let f = kernels::features();
+    let known = [
+        ("AVX2 and FMA", f.avx2_fma),
+        ("AVX-512", f.avx512),
+        ("AVX-512 VNNI", f.avx512_vnni),
+        ("AVX-512 BF16", f.avx512_bf16),
+    ];
+    let kernels = match (f.avx512, f.avx2_fma) {
+        (true, _) => "f32 with AVX-512 matrix products and AVX2 elementwise",
+        (false, true) => "f32 with AVX2",
+        _ => "f32 without vector instructions of our own",
+    };
+    let graphics = match Path::new("/proc/driver/nvidia/version").exists() {
+        true => "an NVIDIA driver is here, but this release computes on the processor only",
+        false => "none found; this release computes on the processor only",
+    };
+    Machine {
+        processor: field("/proc/cpuinfo", "model name")
+            .unwrap_or_else(|| std::env::consts::ARCH.into()),
+        cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        memory_bytes: memory("MemTotal"),
+        memory_free_bytes: memory("MemAvailable"),
+        features: known
+            .iter()
+            .filter(|k| k.1)
+            .map(|k| k.0.to_string())
+            .collect(),
+        kernels: kernels.into(),
+        graphics: graphics.into(),
+    }
+}
+
+/// Bytes that this user may still write to the file system that holds `path` or its nearest existing parent;
+/// `None` where the system does not say.
+#[cfg(unix)]
+pub fn disk_free_bytes(path: &Path) -> Option<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let absolute = std::path::absolute(path).ok()?;
+    let place = absolute.ancestors().find(|p| p.exists())?;
+    let name = std::ffi::CString::new(place.as_os_str().as_bytes()).ok()?;
+    let mut found = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `name` ends in a zero byte and `found` has room for what statvfs writes when it returns 0.
+    let found = unsafe {
+        if libc::statvfs(name.as_ptr(), found.as_mut_ptr()) != 0 {
+            return None;
+        }
+        found.assume_init()
+    };
+    #[allow(clippy::unnecessary_cast)] // the width of these fields differs between systems
+    Some(found.f_bavail as u64 * found.f_frsize as u64)
+}
+
+/// Bytes that this user may still write; not known on this system.
+#[cfg(not(unix))]
+pub fn disk_free_bytes(_: &Path) -> Option<u64> {
+    None
+}
+
+impl Machine {
+    /// As the report's reader should see it.
+    pub fn facts(&self) -> Vec<Fact> {
+        let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
+        let mut facts = vec![
+            Fact::new("Processor", &self.processor),
+            Fact::new("Cores", self.cores.to_string()),
+            Fact::new("Kernels", &self.kernels),
+            Fact::new("Graphics processor", &self.graphics),
+        ];
+        if self.memory_bytes > 0 {
+            let value = format!(
+                "{}, {} free",
+                gib(self.memory_bytes),
+                gib(self.memory_free_bytes)
+            );
+            facts.insert(2, Fact::new("Memory", value));
+        }
+        facts
+    }
+}
+
+/// The value after `name:` in a file of lines; the first one.
+fn field(file: &str, name: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text
+        .lines()
+        .find_map(|l| l.strip_prefix(name)?.trim_start().strip_prefix(':'))?;
+    Some(line.trim().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_is_described_in_words_and_numbers() {
+        let machine = machine();
+        assert!(machine.cores >= 1 && !machine.processor.is_empty());
+        if cfg!(target_os = "linux") {
+            assert!(
+                machine.memory_bytes >= machine.memory_free_bytes && machine.memory_free_bytes > 0
+            );
+        }
+        assert!(machine.facts().iter().all(|f| !f.value.is_empty()));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn free_space_is_told_for_a_folder_that_is_not_there_yet() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(disk_free_bytes(&folder.path().join("a/b/c")).unwrap() > 0);
+    }
+}
