@@ -1,6 +1,7 @@
 //! The one thread that writes: takes whatever is queued, commits it together, and keeps what cannot be
 //! written yet until it can.
 
+use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -411,7 +412,7 @@ fn apply(
         Record::Begin(_) => unreachable!("handled above"),
         Record::Step { step, .. } => {
             // Open episodes are known, so this asks the database only about those that are not.
-            if !known.contains_key(&id) {
+            if let Entry::Vacant(unknown) = known.entry(id) {
                 let sql = "SELECT closed FROM episodes WHERE episode=?1";
                 if db.first(sql, [number], |row| row.get(0))? == Some(true) {
                     return Ok(Some(format!(
@@ -419,7 +420,7 @@ fn apply(
                         step.index
                     )));
                 }
-                known.insert(id, number);
+                unknown.insert(number);
             }
             rows::insert_step(db, number, step)?;
             tallies.entry(number).or_default().add(step);
