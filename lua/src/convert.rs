@@ -32,18 +32,14 @@ const MAX_WEIGHT: f64 = 100.0;
 
 const STATUSES: &[&str] = &["success", "partial", "failure", "aborted", "unknown"];
 
-/// A hook's argument as a table that the hook cannot change. Absent options are absent fields, JSON null is absent too.
+/// A hook's argument as a table; absent options are absent fields, JSON null is absent too. The caller freezes it.
 pub fn argument(lua: &Lua, value: &impl Serialize) -> Result<Table, Failure> {
     let options = SerializeOptions::new()
         .set_array_metatable(false)
         .serialize_none_to_null(false)
         .serialize_unit_to_null(false);
     match lua.to_value_with(value, options) {
-        Ok(Value::Table(table)) => {
-            freeze(&table)
-                .map_err(|e| Failure::Argument(tidy(&e.to_string(), MAX_REASON_BYTES)))?;
-            Ok(table)
-        }
+        Ok(Value::Table(table)) => Ok(table),
         Ok(other) => Err(Failure::Argument(format!(
             "expected a table, found {}",
             type_name(other)
@@ -53,16 +49,6 @@ pub fn argument(lua: &Lua, value: &impl Serialize) -> Result<Table, Failure> {
         }),
         Err(e) => Err(Failure::Argument(tidy(&e.to_string(), MAX_REASON_BYTES))),
     }
-}
-
-/// Depth is bounded by the serializer, which made the table.
-fn freeze(table: &Table) -> mlua::Result<()> {
-    table.for_each(|_: Value, value: Value| match value {
-        Value::Table(inner) => freeze(&inner),
-        _ => Ok(()),
-    })?;
-    table.set_readonly(true);
-    Ok(())
 }
 
 /// The functions that a policy's table holds under the names of hooks.
@@ -122,6 +108,9 @@ pub fn hooks_of(
 /// [`PolicyError::Shape`] naming the unknown or ill-typed field.
 pub fn declared(name: &str, policy: &Table) -> Result<(View, Settings), PolicyError> {
     let view = declaration::<View>(name, policy, "view")?;
+    view.check().map_err(|e| PolicyError::Shape {
+        message: format!("{name}: {e}"),
+    })?;
     let settings = declaration::<Settings>(name, policy, "settings")?;
     check_settings(&settings).map_err(|message| PolicyError::Shape {
         message: format!("{name}: {message}"),

@@ -265,6 +265,8 @@ pub struct Sandbox {
     /// The table that the policy file returned.
     pub policy: Table,
     bounds: Table,
+    /// Calls a hook with its argument frozen.
+    enter: Function,
     name: String,
     memory_bytes: usize,
     pub calls: u32,
@@ -283,7 +285,7 @@ impl Sandbox {
             name: name.clone(),
             message: one_line(&e.to_string()),
         };
-        let (lua, bounds) = frozen_state(program).map_err(state_error)?;
+        let Frozen { lua, bounds, enter } = frozen_state(program).map_err(state_error)?;
         let watch = watchdog.watch(&lua).map_err(state_error)?;
         let load_error = |message: String| PolicyError::Load { message };
         let chunk = lua
@@ -319,6 +321,7 @@ impl Sandbox {
             hooks,
             policy,
             bounds,
+            enter,
             name: name.clone(),
             memory_bytes: program.memory_bytes,
             calls: 0,
@@ -348,7 +351,7 @@ impl Sandbox {
         if raised {
             self.set_work(bytes * WORK_PER_REDACTED_BYTE)?;
         }
-        let result = self.run(function, argument, hook.limit(bytes));
+        let result = self.run(&self.enter, (function, argument), hook.limit(bytes));
         if raised {
             self.set_work(WORK)?;
         }
@@ -409,8 +412,15 @@ impl Sandbox {
     }
 }
 
-/// A state with the allowed surface and nothing else, frozen, with its memory limit; and the table of bounds of its prelude.
-fn frozen_state(program: &Program) -> mlua::Result<(Lua, Table)> {
+/// A state before the policy is run in it, with what its prelude hands to Rust.
+struct Frozen {
+    lua: Lua,
+    bounds: Table,
+    enter: Function,
+}
+
+/// A state with the allowed surface and nothing else, frozen, with its memory limit.
+fn frozen_state(program: &Program) -> mlua::Result<Frozen> {
     let libraries = StdLib::TABLE | StdLib::STRING | StdLib::MATH | StdLib::BIT | StdLib::UTF8;
     let lua = Lua::new_with(libraries, LuaOptions::new().catch_rust_panics(true))?;
     let globals = lua.globals();
@@ -432,12 +442,13 @@ fn frozen_state(program: &Program) -> mlua::Result<(Lua, Table)> {
     globals.raw_set("locum", locum)?;
     let bounds = lua.create_table()?;
     bounds.raw_set("work", WORK)?;
-    lua.load(include_str!("prelude.lua"))
-        .set_name("=locum")
-        .call::<()>(bounds.clone())?;
+    let enter = lua
+        .load(include_str!("prelude.lua"))
+        .set_name("=[locum]")
+        .call::<Function>(bounds.clone())?;
     lua.sandbox(true)?;
     lua.set_memory_limit(program.memory_bytes)?;
-    Ok((lua, bounds))
+    Ok(Frozen { lua, bounds, enter })
 }
 
 fn keep_only_allowed(globals: &Table) -> mlua::Result<()> {
@@ -613,7 +624,7 @@ mod tests {
     /// An update of mlua or Luau that adds a function must fail here and not reach a script unseen.
     #[test]
     fn a_state_offers_exactly_the_allowed_names() {
-        let (lua, _) = frozen_state(&program("return {}")).unwrap();
+        let lua = frozen_state(&program("return {}")).unwrap().lua;
         let allowed: Vec<(String, Vec<String>)> = ALLOWED
             .iter()
             .map(|(l, m)| (l.to_string(), m.iter().map(|m| m.to_string()).collect()))

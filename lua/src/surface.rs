@@ -440,7 +440,7 @@ pub fn types_lua() -> String {
         "\n---What a policy file returns. Every field may be left out.\n---@class locum.Policy\n";
     out += "---@field view? locum.View\n---@field settings? locum.Settings\n---@field selftest? fun(): boolean?\n";
     for s in SIGNATURES {
-        let returns: Vec<String> = s.returns.split(", ").map(|r| luals_union(r)).collect();
+        let returns: Vec<String> = s.returns.split(", ").map(luals_union).collect();
         out += &format!(
             "---@field {}? fun({}: locum.{}): {} {}\n",
             s.hook.name(),

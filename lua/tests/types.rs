@@ -88,3 +88,38 @@ fn the_table_has_the_fields_of_the_real_values() {
         .collect();
     assert_eq!(rest, ["Label"]);
 }
+
+/// The guide for authors names every hook, every field of the two declarations and every library member that is missing, and
+/// its example loads.
+#[test]
+fn the_guide_names_the_whole_surface_and_its_example_loads() {
+    let guide = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/policy.md");
+    let guide = std::fs::read_to_string(guide).unwrap();
+    let example = guide
+        .split("```lua\n")
+        .nth(1)
+        .and_then(|rest| rest.split("```").next())
+        .unwrap();
+    let policy =
+        locum_lua::LuaPolicy::from_source(example, "guide.lua", Default::default()).unwrap();
+    assert_eq!(policy.settings().gate.margin, 0.03);
+    for hook in locum_lua::hooks::Hook::ALL {
+        let row = guide
+            .lines()
+            .find(|l| l.starts_with(&format!("| `{}(", hook.name())));
+        assert!(row.is_some(), "{} has no row", hook.name());
+    }
+    let defaults = [
+        serde_json::to_value(View::default()).unwrap(),
+        serde_json::to_value(CurateSettings::default()).unwrap(),
+        serde_json::to_value(GateSettings::default()).unwrap(),
+    ];
+    for (field, value) in defaults.iter().flat_map(|d| d.as_object().unwrap()) {
+        let value = match value.as_f64() {
+            Some(number) => number.to_string(),
+            None => format!("`{value}`"),
+        };
+        let row = format!("| `{field}` | {value} |");
+        assert!(guide.contains(&row), "the guide has no row `{row}`");
+    }
+}

@@ -1,5 +1,5 @@
 -- The stack.
--- expect: hook raised an error
+-- expect: hook raised an error | stopped after
 return {
   decide = function(step)
     local function f()

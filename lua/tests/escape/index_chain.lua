@@ -1,5 +1,5 @@
 -- A chain of __index that bites its tail.
--- expect: hook raised an error
+-- expect: hook raised an error | stopped after
 return {
   decide = function(step)
     local t = {}

@@ -1,5 +1,5 @@
 -- A record of two thousand million bytes.
--- expect: hook raised an error | over its memory limit
+-- expect: hook raised an error | over its memory limit | stopped after
 return {
   decide = function(step)
     return "student", string.pack("c2147483647", "x")

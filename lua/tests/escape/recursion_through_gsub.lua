@@ -1,5 +1,5 @@
 -- The C stack, by way of the library's callbacks.
--- expect: hook raised an error
+-- expect: hook raised an error | stopped after
 return {
   decide = function(step)
     local function f()

@@ -1,5 +1,5 @@
 -- By way of a field.
--- expect: hook raised an error
+-- expect: hook raised an error | stopped after
 return {
   decide = function(step)
     local t = setmetatable({}, { __index = function(t, k)

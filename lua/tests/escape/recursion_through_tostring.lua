@@ -1,5 +1,5 @@
 -- By way of tostring.
--- expect: hook raised an error
+-- expect: hook raised an error | stopped after
 return {
   decide = function(step)
     local t
