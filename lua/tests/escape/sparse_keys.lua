@@ -1,4 +1,4 @@
--- Keys that fall into one slot make every look-up long.
+-- Keys far apart, so that the hash part of a table grows and is filled anew again and again.
 -- expect: hook stopped after | over its memory limit
 return {
   decide = function(step)

@@ -1,0 +1,10 @@
+-- One call over megabytes.
+-- expect: hook stopped after | over its memory limit
+return {
+  decide = function(step)
+    local s = string.rep("x", 4e6)
+    while true do
+      s = string.reverse(s)
+    end
+  end,
+}
