@@ -93,6 +93,14 @@ pub struct CurateSettings {
     pub mask_repeats: bool,
     /// A call whose result is an error carries no loss.
     pub mask_errors: bool,
+    /// A call after which the agent sees what it saw before carries no loss.
+    pub mask_noops: bool,
+    /// Steps that lead away from success, judged by all episodes together, carry no loss (see `curate`).
+    pub mask_derails: bool,
+    /// Times an action must have been seen in a situation before it can outvote another one there.
+    pub derail_support: usize,
+    /// Share by which a step's value may lie below that of the best known action of its situation.
+    pub derail_tolerance: f64,
     /// A success longer than this multiple of the median success of its domain is left out; 0 switches it off.
     pub max_length_ratio: f64,
 }
@@ -106,6 +114,10 @@ impl Default for CurateSettings {
             mask_loops: true,
             mask_repeats: true,
             mask_errors: true,
+            mask_noops: true,
+            mask_derails: true,
+            derail_support: 5,
+            derail_tolerance: 0.05,
             max_length_ratio: 0.0,
         }
     }
