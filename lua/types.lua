@@ -186,6 +186,10 @@
 ---@field mask_loops? boolean
 ---@field mask_repeats? boolean
 ---@field mask_errors? boolean
+---@field mask_noops? boolean
+---@field mask_derails? boolean
+---@field derail_support? number times an action must have been seen to outvote another
+---@field derail_tolerance? number share by which a step may be worse than the best known
 ---@field max_length_ratio? number 0 = off
 
 ---Numbers of the gate.

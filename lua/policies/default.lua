@@ -30,6 +30,7 @@ M.settings = {
     mask_loops = true,     -- no loss on steps that led back to where the agent had been
     mask_repeats = true,   -- nor on an action repeated without effect
     mask_errors = true,    -- nor on a call that the tool refused
+    mask_derails = true,   -- nor on steps that all episodes together show to lead away from success
   },
   gate = {
     margin = 0.05,         -- the student may lose five points of success against its teacher, not more

@@ -144,6 +144,7 @@ fn check_settings(settings: &Settings) -> Result<(), String> {
     let shares = [
         ("curate.held_out", c.held_out, 0.9),
         ("curate.near_duplicate", c.near_duplicate, 1.0),
+        ("curate.derail_tolerance", c.derail_tolerance, 1.0),
         ("curate.max_length_ratio", c.max_length_ratio, 1e6),
         ("gate.margin", g.margin, 0.5),
         ("gate.alpha", g.alpha, 0.5),

@@ -329,6 +329,18 @@ pub const RECORDS: &[Record] = &[
             ("mask_loops", "boolean?", ""),
             ("mask_repeats", "boolean?", ""),
             ("mask_errors", "boolean?", ""),
+            ("mask_noops", "boolean?", ""),
+            ("mask_derails", "boolean?", ""),
+            (
+                "derail_support",
+                "number?",
+                "times an action must have been seen to outvote another",
+            ),
+            (
+                "derail_tolerance",
+                "number?",
+                "share by which a step may be worse than the best known",
+            ),
             ("max_length_ratio", "number?", "0 = off"),
         ],
     },

@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 use super::betting::Wealth;
 
 /// Every position up to this one starts a bet of its own; later ones do so ever more sparsely.
-const DENSE_STARTS: u64 = 8;
+const DENSE_STARTS: u64 = 16;
 /// From there on, a new start after this fraction of the episodes so far.
-const START_SPACING: u64 = 4;
+const START_SPACING: u64 = 8;
 
 /// Anytime-valid test of "live success is at least the teacher's minus the margin".
 ///
