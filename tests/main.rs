@@ -1,3 +1,4 @@
 //! The tests that go through the doors: one binary, a room each.
 
+mod cli;
 mod reference;

@@ -1,1 +1,129 @@
+//! The command `locum`: what an operator does to a store by hand. A door like the C ABI: it parses, calls the library,
+//! and prints; it decides nothing.
+//!
+//! Exit code 0 is success, 1 a failure told in one sentence, 2 wrong usage. With `--json` the last line of stdout is one JSON object,
+//! also when the command failed.
 
+mod doctor;
+mod episodes;
+mod fail;
+mod out;
+mod policy;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use locum_core::store::{Store, StoreOptions};
+use serde_json::json;
+
+use fail::Fail;
+use out::Out;
+
+/// Folder of the store if neither `--store` nor `LOCUM_STORE` names one.
+const DEFAULT_STORE: &str = "locum-store";
+
+/// Locum stands in for the large model behind an agent: it records, distils, proves and swaps in.
+#[derive(Parser)]
+#[command(
+    name = "locum",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true
+)]
+struct Args {
+    /// Folder of the store [default: $LOCUM_STORE, else ./locum-store]
+    #[arg(long, global = true, value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Print one JSON object as the last line instead of tables
+    #[arg(long, global = true)]
+    json: bool,
+    /// Print results only
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Say what this machine and this store can do
+    Doctor,
+    /// What was recorded
+    #[command(subcommand)]
+    Episodes(episodes::Command),
+    /// Policies written in Lua
+    #[command(subcommand)]
+    Policy(policy::Command),
+}
+
+/// Runs the command with these arguments (the first is the program's name) and says how it should exit.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args = match Args::try_parse_from(args) {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and version go to stdout with code 0; a closed pipe there is nobody's problem.
+            let _ = error.print();
+            return ExitCode::from(error.exit_code() as u8);
+        }
+    };
+    let out = Out::new(args.json, args.quiet);
+    let store = args.store.clone().or_else(|| {
+        std::env::var_os("LOCUM_STORE")
+            .filter(|s| !s.is_empty())
+            .map(PathBuf::from)
+    });
+    let place = Place {
+        dir: store.unwrap_or_else(|| DEFAULT_STORE.into()),
+    };
+    let done = match args.command {
+        Command::Doctor => doctor::run(&place, &out),
+        Command::Episodes(command) => episodes::run(command, &place, &out),
+        Command::Policy(command) => policy::run(command, &out),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fail) => {
+            eprintln!("locum: {}", out::clean(&fail.to_string()));
+            if let Some(next) = fail.next() {
+                eprintln!("       {next}");
+            }
+            out.result(&json!({ "error": fail.to_string() }));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Where the store is, and how commands open it.
+pub(crate) struct Place {
+    pub dir: PathBuf,
+}
+
+impl Place {
+    /// The store for reading; it must be there.
+    pub fn read(&self) -> Result<Store, Fail> {
+        self.must_exist()?;
+        Ok(Store::open(
+            &self.dir,
+            StoreOptions {
+                read_only: true,
+                ..StoreOptions::default()
+            },
+        )?)
+    }
+
+    /// The store for recording; made if absent.
+    pub fn write(&self) -> Result<Store, Fail> {
+        Ok(Store::open(&self.dir, StoreOptions::default())?)
+    }
+
+    fn must_exist(&self) -> Result<(), Fail> {
+        match self.dir.is_dir() {
+            true => Ok(()),
+            false => Err(Fail::NoStore {
+                dir: self.dir.clone(),
+            }),
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Why a command failed, and what the operator can do about it.
+
+use std::path::PathBuf;
+
+use locum_core::formats::FormatError;
+use locum_core::store::StoreError;
+
+/// A failed command. `Display` is one sentence; [`Fail::next`] says what to do, where that is not in the sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum Fail {
+    #[error("there is no store at {}", dir.display())]
+    NoStore { dir: PathBuf },
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    /// An operator named something that is not there.
+    #[error("{what}")]
+    Missing { what: String, next: &'static str },
+    /// The policy has errors, which were printed.
+    #[error("{name} is not usable: {}", errors.join("; "))]
+    Policy { name: String, errors: Vec<String> },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
+impl Fail {
+    pub fn next(&self) -> Option<&'static str> {
+        match self {
+            Fail::NoStore { .. } => Some(
+                "Name one with --store or LOCUM_STORE; a host or `locum episodes import` makes it.",
+            ),
+            Fail::Missing { next, .. } => Some(next),
+            Fail::Policy { .. } => {
+                Some("`locum policy check FILE` shows all that is wrong with a policy.")
+            }
+            Fail::Format(FormatError::Unrecognised { .. }) => {
+                Some("Name the format with --format.")
+            }
+            Fail::Store(StoreError::Full { .. }) => {
+                Some("Free some space or name a store on another disk with --store.")
+            }
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Bad input: one clear sentence on stderr, the right exit code, and the last line still JSON.
+
+use super::World;
+
+fn refused(world: &World, args: &[&str], sentence: &str) {
+    let ran = world.run(&[args, &["--json"]].concat());
+    assert_eq!(ran.code(), 1, "{args:?} succeeded: {}", ran.stdout());
+    assert!(
+        ran.stderr().contains(sentence),
+        "{args:?} said: {}",
+        ran.stderr()
+    );
+    assert!(ran.last_line()["error"]
+        .as_str()
+        .unwrap()
+        .contains(sentence));
+    assert!(!ran.stderr().contains("panicked"));
+}
+
+#[test]
+fn wrong_usage_exits_with_2_and_help_with_0() {
+    let world = World::new();
+    assert_eq!(world.run(&["epsiodes"]).code(), 2);
+    assert_eq!(world.run(&["episodes", "import"]).code(), 2);
+    let help = world.run(&["--help"]);
+    assert_eq!(help.code(), 0);
+    for command in ["doctor", "episodes", "policy"] {
+        assert!(
+            help.stdout().contains(command),
+            "--help does not name {command}"
+        );
+    }
+}
+
+#[test]
+fn a_store_that_is_not_there_is_not_made_by_looking_at_it() {
+    let world = World::new();
+    refused(&world, &["episodes", "list"], "there is no store at");
+    assert!(!world.path("store").exists());
+}
+
+#[test]
+fn a_file_that_is_no_database_is_named_and_left_alone() {
+    let world = World::new();
+    let file = world.episodes_file(3);
+    world.json(&["episodes", "import", &file]);
+    for entry in std::fs::read_dir(world.path("store")).unwrap().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.contains(".db") || name.contains(".sqlite") {
+            std::fs::write(
+                entry.path(),
+                "this is a shopping list, not a database, and it is longer than a header. "
+                    .repeat(20),
+            )
+            .unwrap();
+        }
+    }
+    refused(&world, &["episodes", "list"], "damaged or not a database");
+    let doctor = world.json(&["doctor"]);
+    assert_eq!(doctor["ok"], false);
+}
+
+#[test]
+fn a_file_of_no_known_format_is_refused_with_the_formats_that_are_known() {
+    let world = World::new();
+    let file = world.path("poem.txt");
+    std::fs::write(&file, "So much depends\nupon\n").unwrap();
+    refused(
+        &world,
+        &["episodes", "import", file.to_str().unwrap()],
+        "openai-chat",
+    );
+    refused(
+        &world,
+        &["episodes", "import", "absent.jsonl"],
+        "absent.jsonl",
+    );
+}
+
+#[test]
+fn an_unknown_episode_is_refused() {
+    let world = World::new();
+    let file = world.episodes_file(3);
+    world.json(&["episodes", "import", &file]);
+    refused(
+        &world,
+        &["episodes", "show", "ffff"],
+        "no episode is called",
+    );
+}
+
+#[test]
+fn a_policy_with_a_syntax_error_is_refused_with_file_and_line() {
+    let world = World::new();
+    let file = world.path("broken.lua");
+    std::fs::write(
+        &file,
+        "return {\n  decide = function(step) retrun \"teacher\" end\n}\n",
+    )
+    .unwrap();
+    refused(
+        &world,
+        &["policy", "check", file.to_str().unwrap()],
+        "broken.lua:2",
+    );
+    let good = world.path("good.lua");
+    std::fs::write(
+        &good,
+        "return { decide = function(step) return \"teacher\", \"always\" end }\n",
+    )
+    .unwrap();
+    assert!(
+        world.json(&["policy", "check", good.to_str().unwrap()])["errors"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_named() {
+    let world = World::new();
+    let file = world.episodes_file(3);
+    world.json(&["episodes", "import", &file]);
+    let nowhere = world.path("no/such/folder/out.jsonl");
+    refused(
+        &world,
+        &["episodes", "export", "-o", nowhere.to_str().unwrap()],
+        "cannot write",
+    );
+}
+
+#[test]
+fn the_doctor_finds_something_to_say_without_a_store() {
+    let world = World::new();
+    let found = world.json(&["doctor"]);
+    assert!(found["machine"]["cores"].as_u64().unwrap() >= 1);
+    assert_eq!(found["store"]["exists"], false);
+}
