@@ -363,6 +363,8 @@ fn what_the_grammar_forces_is_what_training_writes() {
             "send(to=\"two words\", body=\"a (b), c=\\\"d\\\"\\n\\u0001 é 漢 🙂\", times=12, ratio=-0.5)",
             "send(to=\"7\", tags=[\"a\",\"b c\"], place={\"x\":1,\"in\":{\"x\":-2}}, mode=fast, \"any thing\"={\"k\":[1,null,true]})",
             "send(to=bob, tags=[], mode=null)",
+            "send(to=bob, ratio=1e300)",
+            "send(to=bob, ratio=-1.5e-7)",
             "text: Hello, world.\nHow are you?\n\n",
             "text: act(left)",
         ] {
@@ -747,6 +749,95 @@ fn templates_of_other_families_are_understood_or_refused() {
     );
     refused("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}GO{% endif %}", "does not begin with the generation prompt \"alphaGO\"");
     refused("{{ raise_exception('never') }}", "never");
+}
+
+// Reference: transformers itself, asked by tests/fixtures/tokenizer/check.py.
+#[test]
+fn transformers_opens_a_saved_folder_and_sees_the_same_ids_and_texts() {
+    let Ok(python) = std::env::var("LOCUM_TEST_PYTHON") else {
+        println!("skipped: LOCUM_TEST_PYTHON names no Python");
+        return;
+    };
+    let script = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../tests/fixtures/tokenizer/check.py"
+    );
+    let messages = [
+        turn("system", "  Be brief. "),
+        turn("user", "Hello 123 <b> é漢🙂\n\n x"),
+        turn("assistant", "act(left)"),
+        turn("user", "and now?"),
+    ];
+    let texts = [
+        include_str!("../../../tests/fixtures/tokenizer/mixed.txt"),
+        "",
+        "a",
+    ];
+    let sources = [None, Some(LLAMA3), Some(QWEN3)];
+    for chat in chats() {
+        let dir = tempfile::tempdir().unwrap();
+        chat.save(dir.path()).unwrap();
+        let mut questions = Vec::new();
+        let mut rendered = Vec::new();
+        for source in &sources {
+            let own = source.as_ref().map(|s| {
+                Template::from_source(s, chat.template.bos(), chat.template.eos()).unwrap()
+            });
+            let template = own.as_ref().unwrap_or(&chat.template);
+            for n in 1..=messages.len() {
+                for prompt in [false, true] {
+                    questions.push(
+                        json!({ "template": source, "messages": messages[..n], "prompt": prompt }),
+                    );
+                    rendered.push(template.render(&messages[..n], prompt).unwrap());
+                }
+            }
+        }
+        let mut child = std::process::Command::new(&python)
+            .arg(script)
+            .arg(dir.path())
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let asked = json!({ "texts": texts, "chats": questions }).to_string();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), asked.as_bytes()).ok();
+        let output = child.wait_with_output().unwrap();
+        if output.status.code() == Some(77) {
+            println!("skipped: {python} has no transformers");
+            return;
+        }
+        let answers: Value = serde_json::from_slice(&output.stdout).unwrap();
+        for (text, ids) in texts.iter().zip(answers["ids"].as_array().unwrap()) {
+            assert_eq!(json!(chat.tokenizer.encode(text, true)), *ids);
+        }
+        for ((ours, theirs), asked) in rendered
+            .iter()
+            .zip(answers["chats"].as_array().unwrap())
+            .zip(&questions)
+        {
+            assert_eq!(ours, theirs.as_str().unwrap(), "{asked}");
+        }
+        assert_eq!(answers["eos"], json!(chat.end_of_turn()));
+    }
+}
+
+#[test]
+fn a_chat_is_shared_between_threads_and_an_answer_may_move() {
+    fn shared<T: Send + Sync>() {}
+    fn moves<T: Send>() {}
+    shared::<Chat>();
+    moves::<Grammar>();
+    let chat = Chat::byte_level();
+    let lark = CallFormat::new(&[act()])
+        .unwrap()
+        .lark(GrammarOptions::default())
+        .unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| walk(&chat, &lark, "act(toggle)").unwrap());
+        }
+    });
 }
 
 fn argument() -> impl Strategy<Value = Value> {
