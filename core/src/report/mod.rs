@@ -4,12 +4,14 @@
 //! every string it is given: task names, reasons and policy names may come from a hostile episode.
 
 mod chart;
+mod gather;
 mod html;
 mod machine;
 mod page;
 
 use serde::{Deserialize, Serialize};
 
+pub use gather::{answers, player, succeeded, timeline};
 pub use html::utc;
 pub use machine::{disk_free_bytes, machine, Machine};
 
@@ -87,35 +89,6 @@ pub struct Bucket {
     pub teacher: u64,
     pub student: u64,
     pub deferred: u64,
-}
-
-/// Counts answered steps into at most [`MAX_BUCKETS`] buckets of equal length, from the first step to the last.
-/// Gives nothing for no steps; the order of `answers` does not matter.
-pub fn timeline(answers: &[(u64, Answered)]) -> Vec<Bucket> {
-    let (Some(first), Some(last)) = (
-        answers.iter().map(|a| a.0).min(),
-        answers.iter().map(|a| a.0).max(),
-    ) else {
-        return Vec::new();
-    };
-    let width = ((last - first) / MAX_BUCKETS as u64 + 1).max(1000);
-    let count = ((last - first) / width + 1) as usize;
-    let mut buckets: Vec<Bucket> = (0..count as u64)
-        .map(|i| Bucket {
-            start_ms: first + i * width,
-            end_ms: first + (i + 1) * width,
-            ..Bucket::default()
-        })
-        .collect();
-    for (at, who) in answers {
-        let bucket = &mut buckets[((at - first) / width) as usize];
-        match who {
-            Answered::Teacher => bucket.teacher += 1,
-            Answered::Student => bucket.student += 1,
-            Answered::Deferred => bucket.deferred += 1,
-        }
-    }
-    buckets
 }
 
 /// A moment worth a line in the timeline.

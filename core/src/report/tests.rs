@@ -1,4 +1,6 @@
 use super::*;
+use crate::curate::{LeftOutReason, Manifest, ManifestEntry, MaskReason, MaskedStep};
+use crate::episode::{Actor, DecisionRecord, Episode, EpisodeId, Outcome, Source, Status, Step};
 
 /// A store in the middle of its life, with every field filled.
 fn sample() -> ReportData {
@@ -167,4 +169,115 @@ fn the_timeline_counts_every_step_once_in_few_buckets() {
     assert_eq!(buckets.iter().map(|b| b.student).sum::<u64>(), 1667);
     assert_eq!(timeline(&[(5, Answered::Deferred)]).len(), 1);
     assert!(timeline(&[]).is_empty());
+}
+
+fn played(actor: Actor, weights: Option<&str>, deferred: bool) -> Episode {
+    let step = Step {
+        source: Source::Agent,
+        actor,
+        weights_id: weights.map(str::to_string),
+        ended_at_ms: Some(7_000),
+        decision: Some(DecisionRecord {
+            deferred,
+            ..DecisionRecord::default()
+        }),
+        ..Step::default()
+    };
+    Episode {
+        steps: vec![step.clone(), step],
+        closed: true,
+        outcome: Some(Outcome {
+            status: Status::Success,
+            ..Outcome::default()
+        }),
+        ..Episode::default()
+    }
+}
+
+#[test]
+fn an_episode_counts_for_the_one_who_played_all_of_it() {
+    let teacher = played(Actor::Teacher, None, false);
+    assert_eq!(player(&teacher), Some((Player::Teacher, None)));
+    let student = played(Actor::Student, Some("abc"), false);
+    assert_eq!(player(&student), Some((Player::Student, Some("abc"))));
+    let mut mixed = student.clone();
+    mixed.steps[1].actor = Actor::Teacher;
+    assert_eq!(player(&mixed), None);
+    let mut two_students = student.clone();
+    two_students.steps[1].weights_id = Some("def".into());
+    assert_eq!(player(&two_students), None);
+    let mut imported = teacher.clone();
+    imported.provenance.imported_at_ms = Some(1);
+    assert_eq!((player(&imported), answers(&imported)), (None, vec![]));
+    assert_eq!(succeeded(&teacher), Some(true));
+    assert_eq!(
+        succeeded(&Episode {
+            closed: false,
+            ..teacher
+        }),
+        None
+    );
+}
+
+#[test]
+fn a_step_whose_student_was_not_used_counts_as_deferred() {
+    let episode = played(Actor::Teacher, None, true);
+    assert_eq!(answers(&episode), vec![(7_000, Answered::Deferred); 2]);
+}
+
+#[test]
+fn a_manifest_becomes_rows_in_words_with_examples() {
+    let entry =
+        |n: u8, kept: bool, reason: Option<LeftOutReason>, masked: Vec<MaskedStep>| ManifestEntry {
+            episode: EpisodeId([n; 16]),
+            task: format!("task-{n}"),
+            domain: String::new(),
+            group: String::new(),
+            content: String::new(),
+            kept,
+            split: None,
+            reason,
+            detail: String::new(),
+            weight: 1.0,
+            agent_steps: 2,
+            targets: 1,
+            flags: Vec::new(),
+            masked,
+        };
+    let masked = vec![MaskedStep {
+        step: 1,
+        reason: MaskReason::Loop,
+    }];
+    let mut manifest = Manifest {
+        episodes: (0..9)
+            .map(|n| entry(n, false, Some(LeftOutReason::NotSuccess), Vec::new()))
+            .collect(),
+        ..Manifest::default()
+    };
+    manifest.episodes.push(entry(9, true, None, masked));
+    manifest
+        .episodes
+        .push(entry(10, false, Some(LeftOutReason::Unknown), Vec::new()));
+    manifest.counts.episodes = 11;
+    manifest.counts.kept = 1;
+    let summary = DatasetSummary::new(&manifest, (1, 0), 100, 5);
+    assert_eq!(summary.left_out[0].reason, "it did not succeed");
+    assert_eq!(
+        (
+            summary.left_out[0].episodes,
+            summary.left_out[0].examples.len()
+        ),
+        (9, 5)
+    );
+    assert_eq!(summary.left_out[1].episodes, 1);
+    assert_eq!(summary.masked[0].steps, 1);
+    assert_eq!((summary.episodes_seen, summary.episodes_kept), (11, 1));
+}
+
+#[test]
+fn a_row_of_success_carries_both_intervals_and_the_patient_one_is_wider() {
+    let row = SuccessRow::new(Player::Student, "Student 1", 30, 40);
+    let anytime = row.anytime.unwrap();
+    assert!(row.wilson[0] < 0.75 && 0.75 < row.wilson[1]);
+    assert!(anytime[0] < row.wilson[0] && row.wilson[1] < anytime[1]);
 }
