@@ -59,6 +59,13 @@ pub struct Consensus<'a> {
     situations: Vec<Vec<(String, Action)>>,
 }
 
+/// Targets of a domain, and which of them (episode, step) lead away from success.
+#[derive(Default)]
+struct InDomain {
+    targets: usize,
+    worse: Vec<(usize, usize)>,
+}
+
 /// The situation after a success.
 const WON: usize = 0;
 
@@ -108,32 +115,45 @@ impl<'a> Consensus<'a> {
         this
     }
 
-    /// Masks targets that are clearly worse than what is known. `masks` run beside the episodes' steps.
+    /// Masks targets that are clearly worse than what is known, unless more of the targets of their situation do as they do
+    /// than do better: values are rough where a situation does not tell all, and what most successes do there is seldom wrong.
+    /// `masks` run beside the episodes' steps.
     pub fn mask<'e>(
         &self,
         episodes: impl Iterator<Item = &'e Episode>,
         masks: &mut [Vec<Option<MaskReason>>],
     ) {
-        let mut worse: HashMap<String, (usize, Vec<(usize, usize)>)> = HashMap::new();
+        let mut targets: Vec<(&str, usize, Move)> = Vec::new();
+        let mut played: HashMap<(String, String), usize> = HashMap::new();
         for (n, episode) in episodes.enumerate() {
-            let domain = worse.entry(episode.task.domain.clone()).or_default();
-            domain.0 += masks[n].iter().filter(|m| m.is_none()).count();
-            for step in moves(episode, self.views) {
-                if masks[n][step.position].is_none() && self.is_worse(&step) {
-                    domain.1.push((n, step.position));
-                }
+            for step in moves(episode, self.views)
+                .into_iter()
+                .filter(|s| masks[n][s.position].is_none())
+            {
+                *played
+                    .entry((step.situation.clone(), step.action.clone()))
+                    .or_default() += 1;
+                targets.push((&episode.task.domain, n, step));
             }
         }
-        for (targets, steps) in worse.into_values() {
-            if steps.len() as f64 <= MAX_SHARE * targets as f64 {
-                for (n, position) in steps {
+        let mut worse: HashMap<&str, InDomain> = HashMap::new();
+        for (domain, n, step) in &targets {
+            let found = worse.entry(domain).or_default();
+            found.targets += 1;
+            if self.is_worse(step, &played) {
+                found.worse.push((*n, step.position));
+            }
+        }
+        for InDomain { targets, worse } in worse.into_values() {
+            if worse.len() as f64 <= MAX_SHARE * targets as f64 {
+                for (n, position) in worse {
                     masks[n][position] = Some(MaskReason::Derail);
                 }
             }
         }
     }
 
-    fn is_worse(&self, step: &Move) -> bool {
+    fn is_worse(&self, step: &Move, played: &HashMap<(String, String), usize>) -> bool {
         let Some(actions) = self
             .index
             .get(&step.situation)
@@ -144,10 +164,20 @@ impl<'a> Consensus<'a> {
         let Some((_, own)) = actions.iter().find(|(a, _)| *a == step.action) else {
             return false;
         };
+        let count = |action: &String| {
+            played
+                .get(&(step.situation.clone(), action.clone()))
+                .copied()
+                .unwrap_or(0)
+        };
+        let own_count = count(&step.action);
         let best = actions
             .iter()
             .filter(|(a, known)| {
-                *a != step.action && known.visits >= self.support && known.shown >= MIN_SHOWN
+                *a != step.action
+                    && known.visits >= self.support
+                    && known.shown >= MIN_SHOWN
+                    && count(a) >= own_count
             })
             .map(|(_, known)| known.value)
             .fold(0.0, f64::max);

@@ -207,6 +207,41 @@ fn a_look_up_made_twice_does_not_erase_what_was_done_between() {
 }
 
 #[test]
+fn in_a_world_whose_results_tell_what_was_done_coming_back_is_no_loop() {
+    // The kitchen looks the same on the way back, but the agent has the pepper now.
+    let kitchen = "You are in the kitchen. You see a stove. To the east is a door.";
+    let pantry = "You are in the pantry. A shelf holds jars. To the west is a door.";
+    let moves = [
+        ("look", kitchen),
+        ("move east", pantry),
+        ("take pepper", "Taken."),
+        ("move west", kitchen),
+        ("fry it", "It sizzles."),
+        ("move east", pantry),
+        ("take salt", "Now yours."),
+        ("move west", kitchen),
+        ("eat", "Delicious!"),
+    ];
+    let episodes: Vec<Episode> = (1..=30)
+        .map(|n| {
+            episode(
+                n,
+                &format!("meal {n}"),
+                "Cook a meal.",
+                &moves,
+                Status::Success,
+            )
+        })
+        .collect();
+    let curated = curate(episodes, &KeepAll, &settings());
+    assert!(
+        curated.manifest.counts.masked.is_empty(),
+        "{:?}",
+        curated.manifest.counts.masked
+    );
+}
+
+#[test]
 fn steps_that_led_back_to_where_they_began_are_erased() {
     let mut episodes = wanderers(200);
     episodes.push(line(
