@@ -248,7 +248,7 @@ typedef struct {
 
 /* locum_event.kind, with what `subject` names */
 enum {
-  LOCUM_EVENT_CALL_DONE = 1,        /* the id of a locum_call that has finished                                   */
+  LOCUM_EVENT_CALL_DONE = 1,        /* the id of a locum_call that has finished; 0 if it was freed meanwhile      */
   LOCUM_EVENT_JOB_PROGRESS = 2,     /* a job                                                                      */
   LOCUM_EVENT_JOB_STATE = 3,        /* a job that is in another state now                                         */
   LOCUM_EVENT_STUDENT_SWAPPED = 4,  /* the version of the student that plays from now on; 0 = the teacher         */
