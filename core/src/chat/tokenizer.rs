@@ -481,7 +481,7 @@ fn check_kind(value: &Value) -> Result<(), ChatError> {
             }
         }
     }
-    if !pre.last().is_some_and(|last| kind(last) == "ByteLevel") {
+    if pre.last().map(kind).as_deref() != Some("ByteLevel") {
         return Err(refuse("the pre-tokenizer does not end with ByteLevel"));
     }
     let decoder = members(value.get("decoder"), "decoders");
