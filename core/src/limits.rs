@@ -34,3 +34,5 @@ pub const MAX_IMPORT_BYTES: u64 = 1 << 30;
 pub const MAX_TOOL_SPEC_BYTES: usize = 256 << 10;
 /// Tool calls in one reply.
 pub const MAX_CALLS: usize = 16;
+/// Largest model file or folder that is imported as a base, in bytes.
+pub const MAX_MODEL_BYTES: u64 = 16 << 30;

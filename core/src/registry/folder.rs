@@ -1,0 +1,213 @@
+//! Folders that are there whole or not at all, and digests of what is in them.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use sha2::{Digest, Sha256};
+
+use super::RegistryError;
+
+/// What names of unfinished folders begin with.
+const PREFIX: &str = ".tmp-";
+
+/// A private folder being written. Its writer holds a lock on it, so that nobody sweeps it away; dropped before
+/// [`Temporary::publish`] it is removed.
+pub struct Temporary {
+    path: PathBuf,
+    published: bool,
+    _lock: File,
+}
+
+impl Temporary {
+    /// Creates one in `parent`, and `parent` itself if need be.
+    pub fn new(parent: &Path) -> Result<Temporary, RegistryError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let mut private = DirBuilder::new();
+        private.mode(0o700);
+        private
+            .recursive(true)
+            .create(parent)
+            .map_err(|e| RegistryError::io(parent, e))?;
+        // Sweepers take this lock too: none comes between the folder and its own lock.
+        let _held = lock(parent)?;
+        loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = parent.join(format!("{PREFIX}{}-{number}", std::process::id()));
+            match private.recursive(false).create(&path) {
+                // Left by a process that had the same number.
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+                other => other.map_err(|e| RegistryError::io(&path, e))?,
+            }
+            return Ok(Temporary {
+                _lock: lock(&path)?,
+                path,
+                published: false,
+            });
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Syncs everything and gives the folder its name.
+    pub fn publish(mut self, to: &Path) -> Result<(), RegistryError> {
+        sync(&self.path)?;
+        fs::rename(&self.path, to).map_err(|e| RegistryError::io(to, e))?;
+        self.published = true;
+        let parent = to.parent().unwrap_or(to);
+        File::open(parent)
+            .and_then(|f| f.sync_all())
+            .map_err(|e| RegistryError::io(parent, e))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if !self.published {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// Waits for the lock on a folder; the kernel gives it back when the file is dropped or the process ends.
+pub fn lock(dir: &Path) -> Result<File, RegistryError> {
+    let open = || {
+        let file = File::open(dir)?;
+        file.lock()?;
+        Ok(file)
+    };
+    open().map_err(|e| RegistryError::io(dir, e))
+}
+
+/// Removes unfinished folders whose writers are gone. A folder that is not there or may not be written is left as it is.
+pub fn sweep(parent: &Path) {
+    let Ok(_held) = lock(parent) else { return };
+    let Ok(entries) = fs::read_dir(parent) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            continue;
+        }
+        let path = entry.path();
+        let abandoned = File::open(&path).is_ok_and(|f| f.try_lock().is_ok());
+        if abandoned {
+            if let Err(e) = fs::remove_dir_all(&path) {
+                tracing::warn!(path = %path.display(), error = %e, "an unfinished folder cannot be removed");
+            }
+        }
+    }
+}
+
+/// The finished folders of a folder, by name; none if it is not there.
+pub fn children(parent: &Path) -> Result<Vec<PathBuf>, RegistryError> {
+    let entries = match fs::read_dir(parent) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(|e| RegistryError::io(parent, e))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(|e| RegistryError::io(parent, e))?;
+        if !entry.file_name().to_string_lossy().starts_with('.') && entry.path().is_dir() {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Bytes of all files below a folder; what cannot be read counts nothing.
+pub fn bytes(dir: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return 0;
+    };
+    entries
+        .flatten()
+        .map(|entry| match entry.metadata() {
+            Ok(data) if data.is_dir() => bytes(&entry.path()),
+            Ok(data) => data.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
+
+/// Reads a file that must not be larger than `limit`.
+pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, RegistryError> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|e| RegistryError::io(path, e))?;
+    // One byte more than allowed, so that a file that grows meanwhile is found out as well.
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| RegistryError::io(path, e))?;
+    match bytes.len() as u64 {
+        found if found > limit => Err(RegistryError::TooLarge {
+            path: path.into(),
+            found,
+            limit,
+        }),
+        _ => Ok(bytes),
+    }
+}
+
+/// SHA-256 (hex) of `model.safetensors`; of a folder with shards, over the digests of the shards by name.
+pub fn weights_digest(dir: &Path) -> Result<String, RegistryError> {
+    let single = dir.join("model.safetensors");
+    if single.is_file() {
+        return digest_file(&single);
+    }
+    let mut shards: Vec<PathBuf> = fs::read_dir(dir)
+        .map_err(|e| RegistryError::io(dir, e))?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .collect();
+    if shards.is_empty() {
+        return Err(RegistryError::file(dir, "it has no model.safetensors"));
+    }
+    shards.sort();
+    let digests: Vec<String> = shards
+        .iter()
+        .map(|path| digest_file(path))
+        .collect::<Result<_, _>>()?;
+    Ok(sha256_hex(digests.join("\n").as_bytes()))
+}
+
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+fn digest_file(path: &Path) -> Result<String, RegistryError> {
+    let mut digest = Sha256::new();
+    let mut file = File::open(path).map_err(|e| RegistryError::io(path, e))?;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hex(&digest.finalize())),
+            Ok(n) => digest.update(&buffer[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(RegistryError::io(path, e)),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn sync(dir: &Path) -> Result<(), RegistryError> {
+    let fail = |e| RegistryError::io(dir, e);
+    for entry in fs::read_dir(dir).map_err(fail)? {
+        let path = entry.map_err(fail)?.path();
+        match path.is_dir() {
+            true => sync(&path)?,
+            false => File::open(&path)
+                .and_then(|f| f.sync_all())
+                .map_err(|e| RegistryError::io(&path, e))?,
+        }
+    }
+    File::open(dir).and_then(|f| f.sync_all()).map_err(fail)
+}
