@@ -1,1 +1,333 @@
-//! (room)
+//! The student's engine: answers of one or several students, computed on one thread, many at once.
+//!
+//! Jobs join and leave between two tokens, so a short answer never waits for a long one to end. An answer keeps the student
+//! that it began with, however often the student in service changes meanwhile.
+
+mod prefix;
+mod sampler;
+mod scheduler;
+mod worker;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::chat::{Chat, Grammar};
+use crate::model::Model;
+use crate::store::spawn_quiet;
+use crate::view::View;
+
+/// A student ready to serve. Immutable; shared by the jobs that run on it.
+pub struct Student {
+    /// Hash of its content.
+    pub id: String,
+    /// 1, 2, ... in order of creation.
+    pub version: u64,
+    pub model: Arc<Model>,
+    pub chat: Arc<Chat>,
+    /// The view it learned under.
+    pub view: View,
+    /// Tools that it has seen in training.
+    pub tool_names: BTreeSet<String>,
+    /// Share of held-out steps that it got exactly right.
+    pub held_out_exact: Option<f64>,
+}
+
+/// How an engine is sized.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Threads that compute, the engine's own included; 0 counts as 1.
+    pub threads: usize,
+    /// Most sequences of one step of the model.
+    pub max_batch: usize,
+    /// Bytes of keys and values kept of answers that ended.
+    pub cache_bytes: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            threads: 1,
+            max_batch: 16,
+            cache_bytes: crate::limits::MAX_PREFIX_CACHE_BYTES,
+        }
+    }
+}
+
+/// Why there is no engine.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    #[error("the engine's thread cannot be started: {0}")]
+    Thread(#[source] std::io::Error),
+}
+
+/// One answer to compute.
+pub struct Job {
+    pub student: Arc<Student>,
+    /// The episode: its sequence is kept for the next prompt with the same key.
+    pub key: u128,
+    pub prompt_ids: Vec<u32>,
+    /// A fresh one, of this student's [`Chat`].
+    pub grammar: Option<Grammar>,
+    /// Most tokens of the reply; those that the grammar forces count.
+    pub max_tokens: usize,
+    pub deadline: Instant,
+    /// 0 takes the likeliest token.
+    pub temperature: f32,
+    pub seed: u64,
+    /// Runs only while no other job is there.
+    pub background: bool,
+}
+
+/// Why a reply ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The student ended it, or the grammar left nothing to add.
+    Stop,
+    /// No more tokens were allowed, or the model has no more positions.
+    Length,
+}
+
+/// A reply.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    /// Without the token that ended it.
+    pub reply_ids: Vec<u32>,
+    pub text: String,
+    pub finish: Finish,
+    /// Product of the probabilities of the free tokens, each among those that the grammar allowed; 1 if none was free.
+    pub confidence: f32,
+    /// Mean natural logarithm of these probabilities; 0 if none was free.
+    pub mean_logprob: f32,
+    /// The smallest of them.
+    pub min_prob: f32,
+    /// Tokens chosen where another one could have been, the one that ended the reply included.
+    pub free_tokens: usize,
+    /// Tokens of the prompt that did not have to be read.
+    pub cached_tokens: usize,
+    /// From [`Engine::submit`] to the first step of the model.
+    pub queue_ms: f32,
+    /// From there to the first chosen token.
+    pub prefill_ms: f32,
+    /// From there to the end.
+    pub decode_ms: f32,
+}
+
+/// Why there is no reply.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GenerateError {
+    #[error("the answer was cancelled")]
+    Cancelled,
+    #[error("the answer was not complete at its deadline, after {waited_ms} ms")]
+    Late { waited_ms: u64 },
+    #[error("the prompt has {tokens} tokens, {limit} at most are possible")]
+    PromptTooLong { tokens: usize, limit: usize },
+    #[error("the model cannot answer: {0}")]
+    Model(String),
+    #[error("the answer cannot go on under its grammar: {0}")]
+    Grammar(String),
+    /// A defect of the engine; it answers nothing more.
+    #[error("the engine failed: {0}")]
+    Fault(String),
+    #[error("the engine was closed")]
+    Closed,
+}
+
+/// Counts since the engine began, and where it stands.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct EngineCounters {
+    /// Jobs of which the model has begun to read or write.
+    pub running: u64,
+    /// Jobs of which it has not.
+    pub waiting: u64,
+    /// Jobs that ended with a reply.
+    pub finished: u64,
+    pub cancelled: u64,
+    pub late: u64,
+    /// Tokens of prompts, read or found in the cache.
+    pub prompt_tokens: u64,
+    /// Those found.
+    pub cached_tokens: u64,
+    /// Tokens of replies that ended.
+    pub reply_tokens: u64,
+    /// Bytes of kept keys and values.
+    pub cache_bytes: u64,
+    /// Tokens a second while reading prompts, over all time.
+    pub prefill_tok_s: f64,
+    /// Tokens a second while writing replies, of all sequences together, over all time.
+    pub decode_tok_s: f64,
+}
+
+/// Computes answers on a thread of its own (`locum-engine`). Dropping it ends all jobs with [`GenerateError::Closed`].
+pub struct Engine {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    inbox: Mutex<Inbox>,
+    wake: Condvar,
+    counters: Mutex<EngineCounters>,
+    numbers: AtomicU64,
+}
+
+#[derive(Default)]
+struct Inbox {
+    jobs: Vec<(Job, Ticket)>,
+    keep_only: Option<Vec<u64>>,
+    stop: bool,
+}
+
+impl Engine {
+    /// Starts the engine's thread. `on_done` gets the number of each job once its outcome is there; it runs on the engine's
+    /// thread and holds up all answers while it does.
+    ///
+    /// # Errors
+    /// [`EngineError::Thread`] if the system gives no thread.
+    pub fn new(
+        options: EngineOptions,
+        on_done: Box<dyn Fn(u64) + Send + Sync>,
+    ) -> Result<Engine, EngineError> {
+        let shared = Arc::new(Shared {
+            inbox: Mutex::default(),
+            wake: Condvar::new(),
+            counters: Mutex::default(),
+            numbers: AtomicU64::new(1),
+        });
+        let theirs = shared.clone();
+        let thread = spawn_quiet("locum-engine", move || {
+            worker::run(theirs, options, on_done)
+        })
+        .map_err(EngineError::Thread)?;
+        Ok(Engine {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Hands in a job and returns at once. Every job gets an outcome.
+    pub fn submit(&self, job: Job) -> Ticket {
+        let ticket = Ticket(Arc::new(TicketState {
+            number: self.shared.numbers.fetch_add(1, Ordering::Relaxed),
+            submitted: Instant::now(),
+            cancelled: AtomicBool::new(false),
+            progress: Mutex::default(),
+            done: Condvar::new(),
+        }));
+        locked(&self.shared.inbox).jobs.push((job, ticket.clone()));
+        locked(&self.shared.counters).waiting += 1;
+        self.shared.wake.notify_one();
+        ticket
+    }
+
+    /// The counters as of the last step.
+    pub fn stats(&self) -> EngineCounters {
+        locked(&self.shared.counters).clone()
+    }
+
+    /// Forgets what is kept of answers of other students than these, and does not keep those of theirs that are running.
+    /// Done by the engine's thread, between two steps.
+    pub fn keep_only(&self, versions: &[u64]) {
+        locked(&self.shared.inbox).keep_only = Some(versions.to_vec());
+        self.shared.wake.notify_one();
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        locked(&self.shared.inbox).stop = true;
+        self.shared.wake.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // Dropped by `on_done`, it ends by itself after returning from it.
+            if thread.thread().id() != std::thread::current().id() {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+/// A job's place in the engine. Clones are the same place; dropping all of them does not end the job.
+#[derive(Clone)]
+pub struct Ticket(Arc<TicketState>);
+
+struct TicketState {
+    number: u64,
+    submitted: Instant,
+    cancelled: AtomicBool,
+    progress: Mutex<Progress>,
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct Progress {
+    /// Text that has not been polled yet.
+    text: String,
+    outcome: Option<Result<Generated, GenerateError>>,
+}
+
+impl Ticket {
+    /// The number that `on_done` gets: 1, 2, ... in order of submission.
+    pub fn number(&self) -> u64 {
+        self.0.number
+    }
+
+    /// The reply's text since the last poll, whole characters only, and whether the job has ended. Never blocks.
+    pub fn poll(&self) -> (String, bool) {
+        let mut progress = locked(&self.0.progress);
+        (
+            std::mem::take(&mut progress.text),
+            progress.outcome.is_some(),
+        )
+    }
+
+    /// Waits for the end of the job; false if it has not ended within `timeout`.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        let progress = locked(&self.0.progress);
+        let ended = self
+            .0
+            .done
+            .wait_timeout_while(progress, timeout, |p| p.outcome.is_none());
+        ended
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .0
+            .outcome
+            .is_some()
+    }
+
+    /// Asks for the end of the job: it comes after the step of the model that is under way.
+    pub fn cancel(&self) {
+        self.0.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// What came of the job, once it has ended.
+    pub fn outcome(&self) -> Option<Result<Generated, GenerateError>> {
+        locked(&self.0.progress).outcome.clone()
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::Relaxed)
+    }
+
+    fn say(&self, text: &str) {
+        locked(&self.0.progress).text.push_str(text);
+    }
+
+    fn end(&self, outcome: Result<Generated, GenerateError>) {
+        locked(&self.0.progress).outcome.get_or_insert(outcome);
+        self.0.done.notify_all();
+    }
+}
+
+/// A lock whose holders leave nothing half done, so that a panic elsewhere does not matter.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests;

@@ -43,6 +43,18 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
+    /// A copy of the first `len` positions, with room for `capacity`.
+    fn prefix(&self, len: usize, capacity: usize) -> Self {
+        let (len, capacity) = (len.min(self.len), capacity.max(len));
+        let copy = |from: &[f32]| {
+            let mut to = vec![0.0; capacity * self.width];
+            to[..len * self.width].copy_from_slice(&from[..len * self.width]);
+            to
+        };
+        let layers = self.layers.iter().map(|(k, v)| (copy(k), copy(v))).collect();
+        Self { len, capacity, width: self.width, layers }
+    }
+
     pub(super) fn reserve(&mut self, positions: usize) {
         if positions <= self.capacity {
             return;
@@ -91,6 +103,16 @@ impl Sequence {
     /// An empty sequence with room for `capacity` tokens.
     pub fn new(config: &Config, capacity: usize) -> Self {
         Self { ids: Vec::new(), kv: KvCache::new(config, capacity), fast: FastWeights::default() }
+    }
+
+    /// A sequence that begins with this one's first `len` tokens, with room for `capacity`; nothing beyond them is copied.
+    ///
+    /// # Panics
+    /// If the sequence has fast weights, which belong to all of it.
+    pub fn prefix(&self, len: usize, capacity: usize) -> Self {
+        assert!(self.fast.down.is_empty(), "a sequence with fast weights cannot be cut back");
+        let len = len.min(self.ids.len());
+        Self { ids: self.ids[..len].to_vec(), kv: self.kv.prefix(len, capacity), fast: FastWeights::default() }
     }
 
     /// Cuts the sequence back to its first `len` tokens. Only allowed while no fast weights have been written,

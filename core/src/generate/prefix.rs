@@ -1,0 +1,122 @@
+//! Sequences of answers that ended, kept so that the next prompt that begins alike need not be read again.
+
+use super::Student;
+use crate::model::Sequence;
+
+/// Tokens in common below which another episode's sequence is not worth a copy.
+const MIN_SHARED: usize = 16;
+
+struct Kept {
+    version: u64,
+    id: String,
+    key: u128,
+    sequence: Sequence,
+}
+
+impl Kept {
+    fn is_of(&self, student: &Student) -> bool {
+        self.version == student.version && self.id == student.id
+    }
+}
+
+/// Kept sequences, least recently used first. Belongs to the engine's thread.
+pub(super) struct Prefixes {
+    limit: usize,
+    bytes: usize,
+    kept: Vec<Kept>,
+}
+
+impl Prefixes {
+    /// At most `limit` bytes of keys and values.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            bytes: 0,
+            kept: Vec::new(),
+        }
+    }
+
+    /// Bytes held now.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// A sequence of this student that holds the beginning of `tokens`, never all of them (the last one has to be read for
+    /// there to be logits), or `None`. The episode's own sequence is taken out and cut back; of another episode's, which that
+    /// episode will want again, the common part is copied into a sequence with room for `capacity` tokens.
+    pub fn take(
+        &mut self,
+        student: &Student,
+        key: u128,
+        tokens: &[u32],
+        capacity: usize,
+    ) -> Option<Sequence> {
+        let most = tokens.len().saturating_sub(1);
+        let common = |kept: &Kept| {
+            let same = kept
+                .sequence
+                .ids
+                .iter()
+                .zip(tokens)
+                .take_while(|(a, b)| a == b);
+            same.count().min(most)
+        };
+        let best = |own: bool, kept: &[Kept]| {
+            let of_student = kept.iter().enumerate().filter(|(_, k)| k.is_of(student));
+            let candidates = of_student.filter(|(_, k)| (k.key == key) == own);
+            candidates.map(|(at, k)| (common(k), at)).max()
+        };
+        let own = best(true, &self.kept).filter(|(shared, _)| *shared > 0);
+        let other = best(false, &self.kept).filter(|(shared, _)| *shared >= MIN_SHARED);
+        if let Some((shared, at)) = own {
+            // A prompt that has only the template's first words in common with its episode takes a neighbour's prefix.
+            if other.is_none_or(|(others, _)| shared >= others) {
+                let mut sequence = self.remove(at).sequence;
+                sequence.truncate(shared);
+                return Some(sequence);
+            }
+        }
+        let (shared, at) = other?;
+        let used = self.kept.remove(at);
+        let sequence = used.sequence.prefix(shared, capacity);
+        self.kept.push(used);
+        Some(sequence)
+    }
+
+    /// Keeps a sequence of an answer that ended in place of the episode's earlier one, and forgets the least recently used
+    /// ones above the limit.
+    pub fn put(&mut self, student: &Student, key: u128, sequence: Sequence) {
+        if sequence.ids.is_empty() || !sequence.fast.down.is_empty() {
+            return;
+        }
+        if let Some(at) = self
+            .kept
+            .iter()
+            .position(|k| k.key == key && k.is_of(student))
+        {
+            self.remove(at);
+        }
+        self.bytes += sequence.kv.bytes();
+        self.kept.push(Kept {
+            version: student.version,
+            id: student.id.clone(),
+            key,
+            sequence,
+        });
+        while self.bytes > self.limit {
+            self.remove(0);
+        }
+    }
+
+    /// Forgets the sequences of all other students.
+    pub fn keep_only(&mut self, versions: &[u64]) {
+        self.kept.retain(|kept| versions.contains(&kept.version));
+        self.bytes = self.kept.iter().map(|kept| kept.sequence.kv.bytes()).sum();
+    }
+
+    fn remove(&mut self, at: usize) -> Kept {
+        let kept = self.kept.remove(at);
+        self.bytes -= kept.sequence.kv.bytes();
+        kept
+    }
+}

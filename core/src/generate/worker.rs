@@ -1,0 +1,508 @@
+//! The engine's thread: takes jobs in, has the model make a step for some of them, chooses tokens, hands out what ended.
+
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::prefix::Prefixes;
+use super::sampler;
+use super::scheduler::{self, Slot, MAX_PREFILL_ROWS};
+use super::{
+    locked, EngineCounters, EngineOptions, Finish, GenerateError, Generated, Job, Shared, Ticket,
+};
+use crate::kernels::{Pool, Random};
+use crate::limits::{MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS};
+use crate::model::Sequence;
+
+/// Room for a reply in a new sequence; it grows if that is not enough.
+const REPLY_ROOM: usize = 64;
+
+/// Serves until the engine is dropped.
+pub(super) fn run(
+    shared: Arc<Shared>,
+    options: EngineOptions,
+    on_done: Box<dyn Fn(u64) + Send + Sync>,
+) {
+    let pool = Pool::new(options.threads, 0);
+    let mut worker = Worker {
+        pool,
+        max_batch: options.max_batch.max(1),
+        on_done,
+        active: Vec::new(),
+        prefixes: Prefixes::new(options.cache_bytes),
+        last_student: 0,
+        counters: EngineCounters::default(),
+        prefill: Speed::default(),
+        decode: Speed::default(),
+        fault: None,
+    };
+    loop {
+        let (jobs, keep_only, stop) = {
+            let mut inbox = locked(&shared.inbox);
+            while inbox.jobs.is_empty()
+                && inbox.keep_only.is_none()
+                && !inbox.stop
+                && worker.active.is_empty()
+            {
+                inbox = shared
+                    .wake
+                    .wait(inbox)
+                    .unwrap_or_else(|poisoned| poisoned.into_inner());
+            }
+            (
+                std::mem::take(&mut inbox.jobs),
+                inbox.keep_only.take(),
+                inbox.stop,
+            )
+        };
+        worker.active.extend(
+            jobs.into_iter()
+                .map(|(job, ticket)| Active::new(job, ticket)),
+        );
+        if stop {
+            worker.end_all(&GenerateError::Closed);
+            return;
+        }
+        if worker.fault.is_none() {
+            let turn = catch_unwind(AssertUnwindSafe(|| worker.turn(keep_only)));
+            if let Err(panic) = turn {
+                let text = panic.downcast_ref::<String>().cloned();
+                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
+                worker.fault = Some(text.unwrap_or_else(|| "a panic without a message".into()));
+            }
+        }
+        if let Some(why) = worker.fault.clone() {
+            worker.end_all(&GenerateError::Fault(why));
+            worker.prefixes.keep_only(&[]);
+        }
+        worker.publish(&shared);
+    }
+}
+
+/// A job in the engine.
+struct Active {
+    job: Job,
+    ticket: Ticket,
+    /// Absent until the model has something to read.
+    sequence: Option<Sequence>,
+    /// The prompt and, behind it, the reply so far. Those beyond the sequence's length have not been read yet.
+    tokens: Vec<u32>,
+    prompt_len: usize,
+    max_tokens: usize,
+    random: Random,
+    /// Bytes of the reply's last character, where more of it is to come.
+    held: Vec<u8>,
+    keep: bool,
+    began: Option<Instant>,
+    first_token: Option<Instant>,
+    cached_tokens: usize,
+    free_tokens: usize,
+    logprob: f64,
+    min_logprob: f64,
+}
+
+type Ended = Result<Finish, GenerateError>;
+
+impl Active {
+    fn new(mut job: Job, ticket: Ticket) -> Self {
+        let tokens = std::mem::take(&mut job.prompt_ids);
+        let random = Random::new(job.seed);
+        Active {
+            prompt_len: tokens.len(),
+            tokens,
+            max_tokens: 0,
+            random,
+            job,
+            ticket,
+            sequence: None,
+            held: Vec::new(),
+            keep: true,
+            began: None,
+            first_token: None,
+            cached_tokens: 0,
+            free_tokens: 0,
+            logprob: 0.0,
+            min_logprob: 0.0,
+        }
+    }
+
+    fn read(&self) -> usize {
+        self.sequence
+            .as_ref()
+            .map_or(0, |sequence| sequence.ids.len())
+    }
+
+    fn student(&self) -> usize {
+        Arc::as_ptr(&self.job.student.model) as usize
+    }
+
+    /// Checks the prompt, adds what the grammar forces and finds a sequence that begins like it.
+    fn begin(&mut self, prefixes: &mut Prefixes) -> Option<Ended> {
+        self.began = Some(Instant::now());
+        let model = &self.job.student.model;
+        let (tokens, limit) = (
+            self.prompt_len,
+            MAX_PROMPT_TOKENS.min(model.max_positions().saturating_sub(1)),
+        );
+        if tokens > limit {
+            return Some(Err(GenerateError::PromptTooLong { tokens, limit }));
+        }
+        if tokens == 0 {
+            return Some(Err(GenerateError::Model("the prompt has no tokens".into())));
+        }
+        let room = model.max_positions() - tokens;
+        self.max_tokens = self.job.max_tokens.min(MAX_REPLY_TOKENS).min(room);
+        if let Some(ended) = self.add_forced() {
+            return Some(ended);
+        }
+        let capacity = self.tokens.len() + self.max_tokens.min(REPLY_ROOM);
+        let student = &self.job.student;
+        let found = prefixes.take(student, self.job.key, &self.tokens, capacity);
+        let sequence = found.unwrap_or_else(|| Sequence::new(&student.model.config, capacity));
+        self.cached_tokens = sequence.ids.len().min(self.prompt_len);
+        self.sequence = Some(sequence);
+        None
+    }
+
+    /// Takes the tokens that the grammar leaves no choice about, and says whether that was the end.
+    fn add_forced(&mut self) -> Option<Ended> {
+        let room = self.max_tokens - (self.tokens.len() - self.prompt_len);
+        if let Some(grammar) = &mut self.job.grammar {
+            let forced = grammar.forced();
+            let done = grammar.is_done();
+            let fits = forced.len() <= room;
+            for token in forced.into_iter().take(room) {
+                self.add(token);
+            }
+            if done && fits {
+                return Some(Ok(Finish::Stop));
+            }
+        }
+        let full = self.tokens.len() - self.prompt_len >= self.max_tokens;
+        full.then_some(Ok(Finish::Length))
+    }
+
+    /// Adds a token to the reply and says the characters that it completes.
+    fn add(&mut self, token: u32) {
+        self.tokens.push(token);
+        self.held
+            .extend(self.job.student.chat.tokenizer.token_bytes(token));
+        let said = complete(&mut self.held);
+        if !said.is_empty() {
+            self.ticket.say(&said);
+        }
+    }
+
+    /// Chooses the next token from a row of logits (v).
+    fn choose(&mut self, logits: &[f32]) -> Option<Ended> {
+        self.first_token.get_or_insert_with(Instant::now);
+        let draw = self.random.unit();
+        let chat = &self.job.student.chat;
+        let allowed = match &mut self.job.grammar {
+            Some(grammar) => match grammar.allowed() {
+                Ok(words) => Some((words, chat.tokenizer.vocab_size())),
+                Err(error) => return Some(Err(GenerateError::Grammar(error.to_string()))),
+            },
+            None => None,
+        };
+        let Some(choice) = sampler::choose(logits, allowed, self.job.temperature, draw) else {
+            let why = "no token that may be chosen has a finite logit";
+            return Some(Err(GenerateError::Model(why.into())));
+        };
+        if choice.free {
+            self.free_tokens += 1;
+            self.logprob += choice.logprob;
+            self.min_logprob = self.min_logprob.min(choice.logprob);
+        }
+        if let Some(grammar) = &mut self.job.grammar {
+            if let Err(error) = grammar.accept(choice.token) {
+                return Some(Err(GenerateError::Grammar(error.to_string())));
+            }
+        }
+        if chat.eos_ids.contains(&choice.token) {
+            return Some(Ok(Finish::Stop));
+        }
+        self.add(choice.token);
+        self.add_forced()
+    }
+
+    fn generated(&mut self, finish: Finish) -> Generated {
+        let now = Instant::now();
+        let held = std::mem::take(&mut self.held);
+        if !held.is_empty() {
+            self.ticket.say(&String::from_utf8_lossy(&held));
+        }
+        let began = self.began.unwrap_or(now);
+        let first = self.first_token.unwrap_or(now);
+        let ms =
+            |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f32() * 1e3;
+        let reply_ids = self.tokens[self.prompt_len..].to_vec();
+        Generated {
+            text: self.job.student.chat.tokenizer.decode(&reply_ids),
+            reply_ids,
+            finish,
+            confidence: self.logprob.exp() as f32,
+            mean_logprob: (self.logprob / self.free_tokens.max(1) as f64) as f32,
+            min_prob: self.min_logprob.exp() as f32,
+            free_tokens: self.free_tokens,
+            cached_tokens: self.cached_tokens,
+            queue_ms: ms(self.ticket.0.submitted, began),
+            prefill_ms: ms(began, first),
+            decode_ms: ms(first, now),
+        }
+    }
+}
+
+/// Takes the whole characters out of `bytes`; what can never become one turns into U+FFFD. An unfinished one stays.
+fn complete(bytes: &mut Vec<u8>) -> String {
+    let mut text = String::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        match std::str::from_utf8(&bytes[at..]) {
+            Ok(rest) => {
+                text.push_str(rest);
+                at = bytes.len();
+            }
+            Err(error) => {
+                let valid = at + error.valid_up_to();
+                text.push_str(&String::from_utf8_lossy(&bytes[at..valid]));
+                at = valid;
+                let Some(bad) = error.error_len() else { break };
+                text.push(char::REPLACEMENT_CHARACTER);
+                at += bad;
+            }
+        }
+    }
+    bytes.drain(..at);
+    text
+}
+
+/// Tokens and the time they took.
+#[derive(Default)]
+struct Speed {
+    tokens: f64,
+    seconds: f64,
+}
+
+impl Speed {
+    fn add(&mut self, tokens: usize, seconds: f64) {
+        self.tokens += tokens as f64;
+        self.seconds += seconds;
+    }
+
+    fn rate(&self) -> f64 {
+        if self.seconds > 0.0 {
+            self.tokens / self.seconds
+        } else {
+            0.0
+        }
+    }
+}
+
+struct Worker {
+    pool: Pool,
+    max_batch: usize,
+    on_done: Box<dyn Fn(u64) + Send + Sync>,
+    /// Oldest first.
+    active: Vec<Active>,
+    prefixes: Prefixes,
+    /// The student of the last step, as [`Slot::student`].
+    last_student: usize,
+    counters: EngineCounters,
+    prefill: Speed,
+    decode: Speed,
+    fault: Option<String>,
+}
+
+impl Worker {
+    /// Looks at every job, then makes one step of the model.
+    fn turn(&mut self, keep_only: Option<Vec<u64>>) {
+        if let Some(versions) = keep_only {
+            self.prefixes.keep_only(&versions);
+            for active in &mut self.active {
+                active.keep &= versions.contains(&active.job.student.version);
+            }
+        }
+        let now = Instant::now();
+        self.end_where(|active| {
+            if active.ticket.is_cancelled() {
+                return Some(Err(GenerateError::Cancelled));
+            }
+            let waited = now.saturating_duration_since(active.ticket.0.submitted);
+            let late = GenerateError::Late {
+                waited_ms: waited.as_millis() as u64,
+            };
+            (now >= active.job.deadline).then_some(Err(late))
+        });
+        let slots: Vec<Slot> = self
+            .active
+            .iter()
+            .map(|active| Slot {
+                student: active.student(),
+                background: active.job.background,
+                left: (active.tokens.len() - active.read()).max(1),
+                decoding: active.first_token.is_some(),
+            })
+            .collect();
+        let batch = scheduler::next(&slots, self.last_student, self.max_batch);
+        if let Some((at, _)) = batch.first() {
+            self.last_student = slots[*at].student;
+            self.step(&batch);
+        }
+    }
+
+    /// One step for jobs of one student: places in `active` and tokens to read of each.
+    fn step(&mut self, batch: &[(usize, usize)]) {
+        let mut ended: Vec<(usize, Ended)> = Vec::new();
+        let mut parts: Vec<(usize, Sequence, usize)> = Vec::new();
+        for &(at, planned) in batch {
+            let active = &mut self.active[at];
+            let mut planned = planned;
+            if active.began.is_none() {
+                if let Some(end) = active.begin(&mut self.prefixes) {
+                    ended.push((at, end));
+                    continue;
+                }
+                self.counters.prompt_tokens += active.prompt_len as u64;
+                self.counters.cached_tokens += active.cached_tokens as u64;
+                // The plan was made before the grammar's first tokens were known: they go along with a prompt that fits.
+                if planned == active.prompt_len {
+                    planned = MAX_PREFILL_ROWS;
+                }
+            }
+            if let Some(sequence) = active.sequence.take() {
+                // What was found in the cache makes it less than was planned.
+                let left = active.tokens.len() - sequence.ids.len();
+                parts.push((at, sequence, left.min(planned)));
+            }
+        }
+        if !parts.is_empty() {
+            self.compute(parts, &mut ended);
+        }
+        // From the back, so that earlier places stay what they are; outcomes are then handed out oldest first.
+        ended.sort_by_key(|(at, _)| *at);
+        let mut out: Vec<(Active, Ended)> = ended
+            .into_iter()
+            .rev()
+            .map(|(at, end)| (self.active.remove(at), end))
+            .collect();
+        while let Some((active, end)) = out.pop() {
+            self.finish(active, end);
+        }
+    }
+
+    fn compute(
+        &mut self,
+        mut parts: Vec<(usize, Sequence, usize)>,
+        ended: &mut Vec<(usize, Ended)>,
+    ) {
+        let started = Instant::now();
+        let model = self.active[parts[0].0].job.student.model.clone();
+        let mut reading: Vec<(&mut Sequence, &[u32])> = parts
+            .iter_mut()
+            .map(|(at, sequence, tokens)| {
+                let from = sequence.ids.len();
+                (sequence, &self.active[*at].tokens[from..from + *tokens])
+            })
+            .collect();
+        let hidden = match model.step(&self.pool, &mut reading) {
+            Ok(hidden) => hidden,
+            Err(error) => {
+                let why = GenerateError::Model(error.to_string());
+                ended.extend(parts.into_iter().map(|(at, ..)| (at, Err(why.clone()))));
+                return;
+            }
+        };
+        let (mut rows, mut asking) = (Vec::new(), Vec::new());
+        let (mut end_row, mut prefill, mut decode) = (0, 0, 0);
+        for (at, sequence, tokens) in parts {
+            end_row += tokens;
+            let active = &mut self.active[at];
+            match active.first_token {
+                Some(_) => decode += tokens,
+                None => prefill += tokens,
+            }
+            if sequence.ids.len() == active.tokens.len() {
+                rows.push(end_row - 1);
+                asking.push(at);
+            }
+            active.sequence = Some(sequence);
+        }
+        if !rows.is_empty() {
+            let width = model.config.vocab_size;
+            let logits = model.logits(&self.pool, &hidden, &rows);
+            for (at, logits) in asking.into_iter().zip(logits.chunks_exact(width)) {
+                if let Some(end) = self.active[at].choose(logits) {
+                    ended.push((at, end));
+                }
+            }
+        }
+        // A step that does both is shared out by rows.
+        let seconds = started.elapsed().as_secs_f64() / (prefill + decode).max(1) as f64;
+        self.prefill.add(prefill, seconds * prefill as f64);
+        self.decode.add(decode, seconds * decode as f64);
+    }
+
+    fn end_where(&mut self, ends: impl Fn(&Active) -> Option<Ended>) {
+        let mut at = 0;
+        while at < self.active.len() {
+            match ends(&self.active[at]) {
+                Some(end) => {
+                    let active = self.active.remove(at);
+                    self.finish(active, end);
+                }
+                None => at += 1,
+            }
+        }
+    }
+
+    fn end_all(&mut self, error: &GenerateError) {
+        self.end_where(|_| Some(Err(error.clone())));
+    }
+
+    /// Hands out a job's outcome and keeps its sequence.
+    fn finish(&mut self, mut active: Active, end: Ended) {
+        let outcome = end.map(|finish| active.generated(finish));
+        let keep = match &outcome {
+            Ok(reply) => {
+                self.counters.finished += 1;
+                self.counters.reply_tokens += reply.reply_ids.len() as u64;
+                true
+            }
+            Err(GenerateError::Cancelled) => {
+                self.counters.cancelled += 1;
+                true
+            }
+            Err(GenerateError::Late { .. }) => {
+                self.counters.late += 1;
+                true
+            }
+            Err(_) => false,
+        };
+        if let (true, Some(sequence)) = (keep && active.keep, active.sequence.take()) {
+            self.prefixes
+                .put(&active.job.student, active.job.key, sequence);
+        }
+        active.ticket.end(outcome);
+        let number = active.ticket.number();
+        // What the host does there must not cost anybody else's answer.
+        if catch_unwind(AssertUnwindSafe(|| (self.on_done)(number))).is_err() {
+            tracing::error!(job = number, "the engine's end-of-job callback panicked");
+        }
+    }
+
+    fn publish(&mut self, shared: &Shared) {
+        let running = self
+            .active
+            .iter()
+            .filter(|active| active.began.is_some())
+            .count() as u64;
+        self.counters.running = running;
+        self.counters.cache_bytes = self.prefixes.bytes() as u64;
+        self.counters.prefill_tok_s = self.prefill.rate();
+        self.counters.decode_tok_s = self.decode.rate();
+        let arrived = locked(&shared.inbox).jobs.len() as u64;
+        self.counters.waiting = self.active.len() as u64 - running + arrived;
+        locked(&shared.counters).clone_from(&self.counters);
+    }
+}
