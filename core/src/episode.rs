@@ -245,7 +245,11 @@ impl Content {
             Content::Text(text) => text.clone(),
             Content::Parts(parts) => parts
                 .iter()
-                .filter_map(|part| part.get("text").and_then(Value::as_str).or_else(|| part.as_str()))
+                .filter_map(|part| {
+                    part.get("text")
+                        .and_then(Value::as_str)
+                        .or_else(|| part.as_str())
+                })
                 .collect::<Vec<_>>()
                 .join("\n"),
         }
@@ -404,7 +408,10 @@ pub struct Integrity {
 
 impl Default for Integrity {
     fn default() -> Self {
-        Self { ok: true, flags: Vec::new() }
+        Self {
+            ok: true,
+            flags: Vec::new(),
+        }
     }
 }
 

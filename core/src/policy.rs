@@ -73,7 +73,10 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { curate: CurateSettings::default(), gate: GateSettings::default() }
+        Self {
+            curate: CurateSettings::default(),
+            gate: GateSettings::default(),
+        }
     }
 }
 
@@ -189,10 +192,20 @@ pub struct Choice {
 
 impl Choice {
     pub fn teacher(reason: impl Into<String>) -> Self {
-        Self { who: Who::Teacher, reason: reason.into(), temperature: None, max_tokens: None }
+        Self {
+            who: Who::Teacher,
+            reason: reason.into(),
+            temperature: None,
+            max_tokens: None,
+        }
     }
     pub fn student(reason: impl Into<String>) -> Self {
-        Self { who: Who::Student, reason: reason.into(), temperature: None, max_tokens: None }
+        Self {
+            who: Who::Student,
+            reason: reason.into(),
+            temperature: None,
+            max_tokens: None,
+        }
     }
 }
 
@@ -444,7 +457,10 @@ pub struct TeacherFirst;
 
 impl Policy for TeacherFirst {
     fn id(&self) -> PolicyId {
-        PolicyId { name: "teacher-first".into(), digest: String::new() }
+        PolicyId {
+            name: "teacher-first".into(),
+            digest: String::new(),
+        }
     }
     fn decide(&self, _: &StepInfo) -> Choice {
         Choice::teacher("no policy")
@@ -462,10 +478,17 @@ impl Policy for TeacherFirst {
         None
     }
     fn curate(&self, _: &EpisodeInfo) -> CurateVerdict {
-        CurateVerdict { use_it: false, weight: 0.0, reason: "no policy".into() }
+        CurateVerdict {
+            use_it: false,
+            weight: 0.0,
+            reason: "no policy".into(),
+        }
     }
     fn schedule(&self, _: &WorldInfo) -> ScheduleVerdict {
-        ScheduleVerdict { now: false, reason: "no policy".into() }
+        ScheduleVerdict {
+            now: false,
+            reason: "no policy".into(),
+        }
     }
     fn recipe(&self, _: &DatasetInfo) -> Option<RecipeKnobs> {
         None
@@ -481,13 +504,21 @@ impl Policy for TeacherFirst {
 /// The numbers and lines of an episode that `label` and `curate` see.
 pub fn episode_info(episode: &Episode, outcome: Option<&Outcome>, masked: &[bool]) -> EpisodeInfo {
     use crate::episode::{Actor, Source, Status};
-    let agent_steps: Vec<_> = episode.steps.iter().filter(|s| s.source == Source::Agent).collect();
+    let agent_steps: Vec<_> = episode
+        .steps
+        .iter()
+        .filter(|s| s.source == Source::Agent)
+        .collect();
     let call_text = |call: &ToolCall| format!("{}{}", call.name, call.arguments);
     let repeated_calls = agent_steps
         .windows(2)
         .filter(|pair| {
             !pair[0].tool_calls.is_empty()
-                && pair[0].tool_calls.iter().map(call_text).eq(pair[1].tool_calls.iter().map(call_text))
+                && pair[0]
+                    .tool_calls
+                    .iter()
+                    .map(call_text)
+                    .eq(pair[1].tool_calls.iter().map(call_text))
         })
         .count() as u32;
     let status = match outcome.map(|o| o.status).unwrap_or_default() {
@@ -521,13 +552,22 @@ pub fn episode_info(episode: &Episode, outcome: Option<&Outcome>, masked: &[bool
             })
             .collect(),
         agent_steps: agent_steps.len() as u32,
-        error_results: agent_steps.iter().filter(|s| s.observations.iter().any(|o| o.is_error)).count() as u32,
+        error_results: agent_steps
+            .iter()
+            .filter(|s| s.observations.iter().any(|o| o.is_error))
+            .count() as u32,
         repeated_calls,
         masked_steps: masked.iter().filter(|m| **m).count() as u32,
         status: status.into(),
         score: outcome.and_then(|o| o.score),
-        integrity_flags: outcome.map(|o| o.integrity.flags.clone()).unwrap_or_default(),
+        integrity_flags: outcome
+            .map(|o| o.integrity.flags.clone())
+            .unwrap_or_default(),
         tags: outcome.map(|o| o.tags.clone()).unwrap_or_default(),
-        cost_usd: episode.steps.iter().filter_map(|s| s.usage.as_ref()?.cost_usd).sum(),
+        cost_usd: episode
+            .steps
+            .iter()
+            .filter_map(|s| s.usage.as_ref()?.cost_usd)
+            .sum(),
     }
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use locum_core::kernels::Pool;
 use locum_core::model::{
-    AdapterConfig, Grads, LayerParam, Lora, Model, PackedRows, ParamId, Sequence, Tape, TrainId, LINEARS,
+    AdapterConfig, Grads, LayerParam, Lora, Model, PackedRows, ParamId, Sequence, Tape, TrainId,
+    LINEARS,
 };
 use locum_core::train::{self, Flow, Method, TrainPlan};
 use safetensors::{Dtype, SafeTensors};
@@ -13,7 +14,9 @@ use safetensors::{Dtype, SafeTensors};
 const CASES: [&str; 2] = ["llama", "qwen3"];
 
 fn folder(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference").join(case)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/reference")
+        .join(case)
 }
 
 /// Tensors by name; integers come as f32 too.
@@ -24,8 +27,16 @@ fn values(case: &str) -> BTreeMap<String, Vec<f32>> {
         .into_iter()
         .map(|(name, view)| {
             let data = match view.dtype() {
-                Dtype::F32 => view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
-                Dtype::I64 => view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f32).collect(),
+                Dtype::F32 => view
+                    .data()
+                    .chunks_exact(4)
+                    .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+                    .collect(),
+                Dtype::I64 => view
+                    .data()
+                    .chunks_exact(8)
+                    .map(|b| i64::from_le_bytes(b.try_into().unwrap()) as f32)
+                    .collect(),
                 other => panic!("{name}: {other:?}"),
             };
             (name, data)
@@ -42,14 +53,30 @@ fn close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
     assert_eq!(got.len(), want.len(), "{what}");
     let size = want.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!((g - w).abs() <= tolerance * size, "{what}[{i}]: {g} instead of {w}, largest {size}");
+        assert!(
+            (g - w).abs() <= tolerance * size,
+            "{what}[{i}]: {g} instead of {w}, largest {size}"
+        );
     }
 }
 
-fn hidden(pool: &Pool, model: &Model, ids: &[u32], lora: Option<&Lora>, tape: Option<&mut Tape>) -> Vec<f32> {
+fn hidden(
+    pool: &Pool,
+    model: &Model,
+    ids: &[u32],
+    lora: Option<&Lora>,
+    tape: Option<&mut Tape>,
+) -> Vec<f32> {
     let mut x = model.embed(ids).unwrap();
     let layers = model.config.num_hidden_layers;
-    model.blocks(pool, (0, layers), &PackedRows::new(&[ids.len()]), lora, &mut x, tape);
+    model.blocks(
+        pool,
+        (0, layers),
+        &PackedRows::new(&[ids.len()]),
+        lora,
+        &mut x,
+        tape,
+    );
     x
 }
 
@@ -72,7 +99,10 @@ fn a_cache_fed_in_uneven_calls_beside_another_sequence_gives_the_logits_of_one_c
         let (model, values) = (Model::load(&folder(case)).unwrap(), values(case));
         let ids = ids(&values, "ids");
         let v = model.config.vocab_size;
-        let (mut one, mut other) = (Sequence::new(&model.config, 4), Sequence::new(&model.config, 64));
+        let (mut one, mut other) = (
+            Sequence::new(&model.config, 4),
+            Sequence::new(&model.config, 64),
+        );
         let noise: Vec<u32> = (0..41).map(|i| (i * 5 + 1) % 96).collect();
         let (mut at, mut noise_at) = (0, 0);
         for (len, noise_len) in [(3, 7), (1, 1), (20, 0), (1, 20), (1, 1), (15, 1)] {
@@ -82,14 +112,24 @@ fn a_cache_fed_in_uneven_calls_beside_another_sequence_gives_the_logits_of_one_c
             }
             let x = model.step(&pool, &mut batch).unwrap();
             let rows: Vec<usize> = (noise_len..noise_len + len).collect();
-            close(case, &model.logits(&pool, &x, &rows), &values["logits"][at * v..(at + len) * v], 3e-5);
+            close(
+                case,
+                &model.logits(&pool, &x, &rows),
+                &values["logits"][at * v..(at + len) * v],
+                3e-5,
+            );
             (at, noise_at) = (at + len, noise_at + noise_len);
         }
         // Cut back and read again: what was forgotten leaves no trace.
         one.truncate(10);
         let x = model.step(&pool, &mut [(&mut one, &ids[10..])]).unwrap();
         let rows: Vec<usize> = (0..31).collect();
-        close(case, &model.logits(&pool, &x, &rows), &values["logits"][10 * v..], 3e-5);
+        close(
+            case,
+            &model.logits(&pool, &x, &rows),
+            &values["logits"][10 * v..],
+            3e-5,
+        );
     }
 }
 
@@ -105,7 +145,9 @@ fn greedy_text_equals_transformers() {
         while got.len() < want.len() {
             let x = model.step(&pool, &mut [(&mut sequence, &new)]).unwrap();
             let logits = model.logits(&pool, &x, &[new.len() - 1]);
-            let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap() as u32;
+            let best = (0..logits.len())
+                .max_by(|a, b| logits[*a].total_cmp(&logits[*b]))
+                .unwrap() as u32;
             got.push(best);
             new = vec![best];
         }
@@ -114,20 +156,37 @@ fn greedy_text_equals_transformers() {
 }
 
 /// Loss on ids[30..] and its gradients, packed behind another sequence without loss, which must change nothing.
-fn loss_and_gradients(model: &Model, lora: Option<&Lora>, ids: &[u32], trainable: Vec<(TrainId, usize)>) -> (f64, Grads) {
+fn loss_and_gradients(
+    model: &Model,
+    lora: Option<&Lora>,
+    ids: &[u32],
+    trainable: Vec<(TrainId, usize)>,
+) -> (f64, Grads) {
     let pool = Pool::new(2, 0);
     let noise: Vec<u32> = (0..13).map(|i| (i * 11 + 2) % 96).collect();
     let packed: Vec<u32> = noise.iter().chain(ids).copied().collect();
     let rows = PackedRows::new(&[noise.len(), ids.len()]);
     let mut x = model.embed(&packed).unwrap();
     let mut tape = Tape::default();
-    model.blocks(&pool, (0, model.config.num_hidden_layers), &rows, lora, &mut x, Some(&mut tape));
+    model.blocks(
+        &pool,
+        (0, model.config.num_hidden_layers),
+        &rows,
+        lora,
+        &mut x,
+        Some(&mut tape),
+    );
     let n = ids.len() - 30;
     let at: Vec<usize> = (0..n).map(|i| noise.len() + 29 + i).collect();
     let mut grads = Grads::new(trainable);
     let mut dx = vec![0.0; x.len()];
     let weights = vec![1.0; n];
-    let loss = model.head_loss(&pool, &x, (&at, &ids[30..], &weights), Some((1.0 / n as f32, &mut dx, &mut grads)));
+    let loss = model.head_loss(
+        &pool,
+        &x,
+        (&at, &ids[30..], &weights),
+        Some((1.0 / n as f32, &mut dx, &mut grads)),
+    );
     model.blocks_backward(&pool, &rows, lora, &tape, &mut dx, &mut grads);
     model.embed_backward(&packed, &dx, &mut grads);
     (loss.loss / loss.weight, grads)
@@ -138,12 +197,23 @@ fn every_gradient_of_full_fine_tuning_equals_pytorch() {
     for case in CASES {
         let (model, values) = (Model::load(&folder(case)).unwrap(), values(case));
         let ids = ids(&values, "ids");
-        let plan = TrainPlan { method: Method::Full, ..TrainPlan::default() };
+        let plan = TrainPlan {
+            method: Method::Full,
+            ..TrainPlan::default()
+        };
         let (loss, grads) = loss_and_gradients(&model, None, &ids, plan.trainable(&model.config));
-        assert!((loss as f32 - values["loss"][0]).abs() < 1e-5, "{case}: {loss}");
+        assert!(
+            (loss as f32 - values["loss"][0]).abs() < 1e-5,
+            "{case}: {loss}"
+        );
         assert_eq!(grads.map.len(), ParamId::all(&model.config).len());
         for (id, grad) in &grads.map {
-            close(&id.name(), grad, &values[&format!("grad.{}", id.name())], 2e-4);
+            close(
+                &id.name(),
+                grad,
+                &values[&format!("grad.{}", id.name())],
+                2e-4,
+            );
         }
     }
 }
@@ -154,7 +224,11 @@ fn an_adapter_equals_peft_in_logits_and_gradients_and_merged_too() {
     for case in CASES {
         let (model, values) = (Model::load(&folder(case)).unwrap(), values(case));
         let ids = ids(&values, "ids");
-        let config = AdapterConfig { rank: 4, alpha: 8.0, seed: 1 };
+        let config = AdapterConfig {
+            rank: 4,
+            alpha: 8.0,
+            seed: 1,
+        };
         let mut lora = Lora::new(&model.config, config, &LINEARS);
         for ((layer, p), (a, b)) in lora.pairs.iter_mut() {
             *a = values[&format!("lora.{}", TrainId::LoraA(*layer, *p).name())].clone();
@@ -162,22 +236,51 @@ fn an_adapter_equals_peft_in_logits_and_gradients_and_merged_too() {
         }
         let rows: Vec<usize> = (0..ids.len()).collect();
         let x = hidden(&pool, &model, &ids, Some(&lora), None);
-        close(case, &model.logits(&pool, &x, &rows), &values["lora_logits"], 5e-5);
+        close(
+            case,
+            &model.logits(&pool, &x, &rows),
+            &values["lora_logits"],
+            5e-5,
+        );
         let merged = lora.merge(&pool, &model);
         let x = hidden(&pool, &merged, &ids, None, None);
-        close(case, &merged.logits(&pool, &x, &rows), &values["lora_logits"], 5e-5);
-        let plan = TrainPlan { method: Method::Lora { rank: 4, alpha: 8.0 }, ..TrainPlan::default() };
-        let (loss, grads) = loss_and_gradients(&model, Some(&lora), &ids, plan.trainable(&model.config));
-        assert!((loss as f32 - values["lora_loss"][0]).abs() < 2e-5, "{case}: {loss}");
+        close(
+            case,
+            &merged.logits(&pool, &x, &rows),
+            &values["lora_logits"],
+            5e-5,
+        );
+        let plan = TrainPlan {
+            method: Method::Lora {
+                rank: 4,
+                alpha: 8.0,
+            },
+            ..TrainPlan::default()
+        };
+        let (loss, grads) =
+            loss_and_gradients(&model, Some(&lora), &ids, plan.trainable(&model.config));
+        assert!(
+            (loss as f32 - values["lora_loss"][0]).abs() < 2e-5,
+            "{case}: {loss}"
+        );
         assert_eq!(grads.map.len(), 3 * 7 * 2);
         for (id, grad) in &grads.map {
-            close(&id.name(), grad, &values[&format!("grad.{}", id.name())], 5e-4);
+            close(
+                &id.name(),
+                grad,
+                &values[&format!("grad.{}", id.name())],
+                5e-4,
+            );
         }
     }
 }
 
 fn one_sample(ids: &[u32]) -> Vec<train::Sample> {
-    vec![train::Sample { ids: ids.to_vec(), target_start: 30, weight: 1.0 }]
+    vec![train::Sample {
+        ids: ids.to_vec(),
+        target_start: 30,
+        weight: 1.0,
+    }]
 }
 
 #[test]
@@ -187,12 +290,32 @@ fn ten_steps_of_training_follow_pytorchs_loss_curve() {
         let (model, values) = (Model::load(&folder(case)).unwrap(), values(case));
         let ids = ids(&values, "ids");
         // PyTorch's run has no schedule; ten of so many tokens leave the cosine at its top.
-        let plan = TrainPlan { method: Method::Full, lr: 1e-3, tokens: 41_000_000, warmup_steps: 0, evaluations: 0, ..TrainPlan::default() };
+        let plan = TrainPlan {
+            method: Method::Full,
+            lr: 1e-3,
+            tokens: 41_000_000,
+            warmup_steps: 0,
+            evaluations: 0,
+            ..TrainPlan::default()
+        };
         let mut losses = Vec::new();
-        let result = train::fit(&pool, &model, &one_sample(&ids), &[], "x", &plan, None, &mut |p| {
-            losses.push(p.loss as f32);
-            if losses.len() == 10 { Flow::Stop } else { Flow::Go }
-        });
+        let result = train::fit(
+            &pool,
+            &model,
+            &one_sample(&ids),
+            &[],
+            "x",
+            &plan,
+            None,
+            &mut |p| {
+                losses.push(p.loss as f32);
+                if losses.len() == 10 {
+                    Flow::Stop
+                } else {
+                    Flow::Go
+                }
+            },
+        );
         assert!(matches!(result, Err(train::TrainError::Cancelled)));
         close(case, &losses, &values["full_curve"], 1e-4);
     }
@@ -204,9 +327,20 @@ fn a_training_that_was_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_
     let (model, values) = (Model::load(&folder("llama")).unwrap(), values("llama"));
     let ids = ids(&values, "ids");
     let samples: Vec<train::Sample> = (0..12)
-        .map(|i| train::Sample { ids: ids[i..i + 12 + i % 5].to_vec(), target_start: 8, weight: 1.0 })
+        .map(|i| train::Sample {
+            ids: ids[i..i + 12 + i % 5].to_vec(),
+            target_start: 8,
+            weight: 1.0,
+        })
         .collect();
-    for method in [Method::Full, Method::Upper { layers: 2 }, Method::Lora { rank: 2, alpha: 4.0 }] {
+    for method in [
+        Method::Full,
+        Method::Upper { layers: 2 },
+        Method::Lora {
+            rank: 2,
+            alpha: 4.0,
+        },
+    ] {
         let plan = TrainPlan {
             method,
             lr: 1e-2,
@@ -219,9 +353,22 @@ fn a_training_that_was_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_
             ..TrainPlan::default()
         };
         let run = |dir: Option<&Path>, stop_at: u64| {
-            train::fit(&pool, &model, &samples[..10], &samples[10..], "hash", &plan, dir, &mut |p| {
-                if p.step == stop_at { Flow::Stop } else { Flow::Go }
-            })
+            train::fit(
+                &pool,
+                &model,
+                &samples[..10],
+                &samples[10..],
+                "hash",
+                &plan,
+                dir,
+                &mut |p| {
+                    if p.step == stop_at {
+                        Flow::Stop
+                    } else {
+                        Flow::Go
+                    }
+                },
+            )
         };
         let whole = run(None, u64::MAX).unwrap();
         let dir = tempfile::tempdir().unwrap();
@@ -232,7 +379,11 @@ fn a_training_that_was_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_
         assert_eq!(whole.steps, resumed.steps);
         assert_eq!(whole.curve, resumed.curve, "{method:?}");
         for (id, param) in &whole.model.weights.params {
-            assert!(**param == *resumed.model.weights.params[id], "{method:?}: {}", id.name());
+            assert!(
+                **param == *resumed.model.weights.params[id],
+                "{method:?}: {}",
+                id.name()
+            );
         }
     }
 }
@@ -242,10 +393,34 @@ fn upper_layers_training_moves_what_it_names_and_nothing_else_and_learns() {
     let pool = Pool::new(2, 0);
     let (model, values) = (Model::load(&folder("llama")).unwrap(), values("llama"));
     let ids = ids(&values, "ids");
-    let plan = TrainPlan { method: Method::Upper { layers: 2 }, lr: 1e-2, tokens: 3000, evaluations: 0, ..TrainPlan::default() };
-    let trained = train::fit(&pool, &model, &one_sample(&ids), &[], "h", &plan, None, &mut |_| Flow::Go).unwrap();
-    assert!(trained.curve.last().unwrap().loss < 0.5 * values["loss"][0] as f64, "{:?}", trained.curve);
-    let moving: Vec<TrainId> = plan.trainable(&model.config).into_iter().map(|t| t.0).collect();
+    let plan = TrainPlan {
+        method: Method::Upper { layers: 2 },
+        lr: 1e-2,
+        tokens: 3000,
+        evaluations: 0,
+        ..TrainPlan::default()
+    };
+    let trained = train::fit(
+        &pool,
+        &model,
+        &one_sample(&ids),
+        &[],
+        "h",
+        &plan,
+        None,
+        &mut |_| Flow::Go,
+    )
+    .unwrap();
+    assert!(
+        trained.curve.last().unwrap().loss < 0.5 * values["loss"][0] as f64,
+        "{:?}",
+        trained.curve
+    );
+    let moving: Vec<TrainId> = plan
+        .trainable(&model.config)
+        .into_iter()
+        .map(|t| t.0)
+        .collect();
     for (id, param) in &trained.model.weights.params {
         let moved = **param != *model.weights.params[id];
         assert_eq!(moved, moving.contains(&TrainId::Full(*id)), "{}", id.name());

@@ -52,18 +52,36 @@ fn with_scratch<R>(len: usize, body: impl FnOnce(&mut [f32]) -> R) -> R {
 ///
 /// # Panics
 /// If a span reaches outside its buffers.
-pub fn attention(pool: Option<&Pool>, shape: AttentionShape, q: &[f32], spans: &[Span], out: &mut [f32]) {
-    let (h, g, e) = (shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim);
+pub fn attention(
+    pool: Option<&Pool>,
+    shape: AttentionShape,
+    q: &[f32],
+    spans: &[Span],
+    out: &mut [f32],
+) {
+    let (h, g, e) = (
+        shape.num_attention_heads,
+        shape.num_key_value_heads,
+        shape.head_dim,
+    );
     for span in spans {
         let s = span.pos + span.len;
-        assert!(span.k.len() >= s * g * e && span.v.len() >= s * g * e && q.len() >= (span.row + span.len) * h * e);
+        assert!(
+            span.k.len() >= s * g * e
+                && span.v.len() >= s * g * e
+                && q.len() >= (span.row + span.len) * h * e
+        );
     }
     assert!(out.len() >= q.len());
     let items: Vec<(usize, usize, usize)> = spans
         .iter()
         .enumerate()
         .flat_map(|(i, span)| {
-            (0..h).flat_map(move |head| (0..span.len).step_by(QUERY_BLOCK).map(move |q0| (i, head, q0)))
+            (0..h).flat_map(move |head| {
+                (0..span.len)
+                    .step_by(QUERY_BLOCK)
+                    .map(move |q0| (i, head, q0))
+            })
         })
         .collect();
     let shared = SharedMut::new(out);
@@ -98,7 +116,14 @@ pub fn attention(pool: Option<&Pool>, shape: AttentionShape, q: &[f32], spans: &
             let queries = Mat::strided(&q[first..], n, e, h * e);
             let keys = Mat::strided(&span.k[kv_head * e..], s, e, g * e);
             let values = Mat::strided(&span.v[kv_head * e..], s, e, g * e);
-            matmul(None, queries, keys.t(), scale, false, MatMut::new(scores, n, s));
+            matmul(
+                None,
+                queries,
+                keys.t(),
+                scale,
+                false,
+                MatMut::new(scores, n, s),
+            );
             for r in 0..n {
                 let visible = span.pos + q0 + r + 1;
                 let row = &mut scores[r * s..(r + 1) * s];
@@ -109,7 +134,9 @@ pub fn attention(pool: Option<&Pool>, shape: AttentionShape, q: &[f32], spans: &
                 // SAFETY: as above.
                 unsafe { shared.slice(first + r * h * e, e) }.fill(0.0);
             }
-            with_output(&shared, first, n, e, h * e, |out| matmul(None, Mat::new(scores, n, s), values, 1.0, false, out));
+            with_output(&shared, first, n, e, h * e, |out| {
+                matmul(None, Mat::new(scores, n, s), values, 1.0, false, out)
+            });
         })
     };
     match pool {
@@ -119,7 +146,14 @@ pub fn attention(pool: Option<&Pool>, shape: AttentionShape, q: &[f32], spans: &
 }
 
 /// Writes a strided block of (n, e) through a dense buffer, because two heads' rows interleave in memory.
-fn with_output(shared: &SharedMut<f32>, first: usize, n: usize, e: usize, stride: usize, fill: impl FnOnce(MatMut)) {
+fn with_output(
+    shared: &SharedMut<f32>,
+    first: usize,
+    n: usize,
+    e: usize,
+    stride: usize,
+    fill: impl FnOnce(MatMut),
+) {
     let mut dense = [0f32; QUERY_BLOCK * 256];
     let mut big;
     let dense: &mut [f32] = if n * e <= dense.len() {
@@ -153,11 +187,21 @@ pub fn attention_backward(
     rows: &[(usize, usize)],
     grad: AttentionGrad,
 ) {
-    let (h, g, e) = (shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim);
+    let (h, g, e) = (
+        shape.num_attention_heads,
+        shape.num_key_value_heads,
+        shape.head_dim,
+    );
     let scale = 1.0 / (e as f32).sqrt();
-    let (dq, dk, dv) = (SharedMut::new(grad.dq), SharedMut::new(grad.dk), SharedMut::new(grad.dv));
+    let (dq, dk, dv) = (
+        SharedMut::new(grad.dq),
+        SharedMut::new(grad.dk),
+        SharedMut::new(grad.dv),
+    );
     // One item owns a key/value head of a sequence, so that the heads of its group add up without a race.
-    let items: Vec<(usize, usize)> = (0..rows.len()).flat_map(|i| (0..g).map(move |kv| (i, kv))).collect();
+    let items: Vec<(usize, usize)> = (0..rows.len())
+        .flat_map(|i| (0..g).map(move |kv| (i, kv)))
+        .collect();
     let run = |item: usize| {
         let (i, kv_head) = items[item];
         let (row, n) = rows[i];
@@ -175,8 +219,22 @@ pub fn attention_backward(
                     let douts = Mat::strided(&dout[first..], m, e, h * e);
                     let keys = Mat::strided(&k[(row * g + kv_head) * e..], s, e, g * e);
                     let seen = Mat::strided(&v[(row * g + kv_head) * e..], s, e, g * e);
-                    matmul(None, queries, keys.t(), scale, false, MatMut::new(&mut probs[..m * s], m, s));
-                    matmul(None, douts, seen.t(), 1.0, false, MatMut::new(&mut dscores[..m * s], m, s));
+                    matmul(
+                        None,
+                        queries,
+                        keys.t(),
+                        scale,
+                        false,
+                        MatMut::new(&mut probs[..m * s], m, s),
+                    );
+                    matmul(
+                        None,
+                        douts,
+                        seen.t(),
+                        1.0,
+                        false,
+                        MatMut::new(&mut dscores[..m * s], m, s),
+                    );
                     for r in 0..m {
                         let visible = q0 + r + 1;
                         let p = &mut probs[r * s..(r + 1) * s];
@@ -188,10 +246,29 @@ pub fn attention_backward(
                             *ds = *p * (*ds - mean) * scale;
                         }
                     }
-                    let (p, ds) = (Mat::new(&probs[..m * s], m, s), Mat::new(&dscores[..m * s], m, s));
-                    matmul(None, p.t(), douts, 1.0, true, MatMut::new(&mut dv_sum[..s * e], s, e));
-                    matmul(None, ds.t(), queries, 1.0, true, MatMut::new(&mut dk_sum[..s * e], s, e));
-                    with_output(&dq, first, m, e, h * e, |out| matmul(None, ds, keys, 1.0, false, out));
+                    let (p, ds) = (
+                        Mat::new(&probs[..m * s], m, s),
+                        Mat::new(&dscores[..m * s], m, s),
+                    );
+                    matmul(
+                        None,
+                        p.t(),
+                        douts,
+                        1.0,
+                        true,
+                        MatMut::new(&mut dv_sum[..s * e], s, e),
+                    );
+                    matmul(
+                        None,
+                        ds.t(),
+                        queries,
+                        1.0,
+                        true,
+                        MatMut::new(&mut dk_sum[..s * e], s, e),
+                    );
+                    with_output(&dq, first, m, e, h * e, |out| {
+                        matmul(None, ds, keys, 1.0, false, out)
+                    });
                 }
             }
         });
@@ -227,19 +304,28 @@ mod tests {
     use super::*;
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + seed) * 7919 % 1009) as f32 - 504.0) / 504.0).collect()
+        (0..n)
+            .map(|i| (((i + seed) * 7919 % 1009) as f32 - 504.0) / 504.0)
+            .collect()
     }
 
     /// The definition, one query and one key at a time, in f64.
     fn slow(shape: AttentionShape, q: &[f32], span: &Span) -> Vec<f32> {
-        let (h, g, e) = (shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim);
+        let (h, g, e) = (
+            shape.num_attention_heads,
+            shape.num_key_value_heads,
+            shape.head_dim,
+        );
         let mut out = vec![0.0; span.len * h * e];
         for r in 0..span.len {
             for head in 0..h {
                 let kv = head / (h / g);
                 let score = |j: usize| -> f64 {
                     (0..e)
-                        .map(|c| q[((span.row + r) * h + head) * e + c] as f64 * span.k[(j * g + kv) * e + c] as f64)
+                        .map(|c| {
+                            q[((span.row + r) * h + head) * e + c] as f64
+                                * span.k[(j * g + kv) * e + c] as f64
+                        })
                         .sum::<f64>()
                         / (e as f64).sqrt()
                 };
@@ -257,7 +343,11 @@ mod tests {
         out
     }
 
-    const SHAPE: AttentionShape = AttentionShape { num_attention_heads: 6, num_key_value_heads: 2, head_dim: 8 };
+    const SHAPE: AttentionShape = AttentionShape {
+        num_attention_heads: 6,
+        num_key_value_heads: 2,
+        head_dim: 8,
+    };
 
     #[test]
     fn attention_agrees_with_the_definition_for_prefill_decode_and_mixed_batches() {
@@ -269,7 +359,12 @@ mod tests {
         let caches: Vec<_> = lens
             .iter()
             .enumerate()
-            .map(|(i, (len, pos))| (numbers((len + pos) * g * e, 10 + i), numbers((len + pos) * g * e, 50 + i)))
+            .map(|(i, (len, pos))| {
+                (
+                    numbers((len + pos) * g * e, 10 + i),
+                    numbers((len + pos) * g * e, 50 + i),
+                )
+            })
             .collect();
         let mut row = 0;
         let spans: Vec<Span> = lens
@@ -277,7 +372,13 @@ mod tests {
             .zip(&caches)
             .map(|(&(len, pos), (k, v))| {
                 row += len;
-                Span { row: row - len, len, pos, k, v }
+                Span {
+                    row: row - len,
+                    len,
+                    pos,
+                    k,
+                    v,
+                }
             })
             .collect();
         let mut out = vec![9.0; q.len()];
@@ -285,7 +386,11 @@ mod tests {
         for span in &spans {
             let want = slow(SHAPE, &q, span);
             let got = &out[span.row * 6 * e..][..span.len * 6 * e];
-            assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-5), "span at {}", span.row);
+            assert!(
+                got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-5),
+                "span at {}",
+                span.row
+            );
         }
     }
 
@@ -294,20 +399,43 @@ mod tests {
         let (g, e, h) = (2, 8, 6);
         let rows = [(0, 5), (5, 70)];
         let t = 75;
-        let (q, k, v) = (numbers(t * h * e, 1), numbers(t * g * e, 2), numbers(t * g * e, 3));
+        let (q, k, v) = (
+            numbers(t * h * e, 1),
+            numbers(t * g * e, 2),
+            numbers(t * g * e, 3),
+        );
         let dout = numbers(t * h * e, 4);
         let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
             rows.iter()
                 .map(|&(row, len)| {
-                    let span = Span { row, len, pos: 0, k: &k[row * g * e..], v: &v[row * g * e..] };
+                    let span = Span {
+                        row,
+                        len,
+                        pos: 0,
+                        k: &k[row * g * e..],
+                        v: &v[row * g * e..],
+                    };
                     let out = slow(SHAPE, q, &span);
-                    out.iter().zip(&dout[row * h * e..]).map(|(o, d)| *o as f64 * *d as f64).sum::<f64>()
+                    out.iter()
+                        .zip(&dout[row * h * e..])
+                        .map(|(o, d)| *o as f64 * *d as f64)
+                        .sum::<f64>()
                 })
                 .sum()
         };
         let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-        let grad = AttentionGrad { dq: &mut dq, dk: &mut dk, dv: &mut dv };
-        attention_backward(Some(&Pool::new(2, 0)), SHAPE, (&q, &k, &v, &dout), &rows, grad);
+        let grad = AttentionGrad {
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        };
+        attention_backward(
+            Some(&Pool::new(2, 0)),
+            SHAPE,
+            (&q, &k, &v, &dout),
+            &rows,
+            grad,
+        );
         let check = |which: usize, at: usize, got: f32| {
             let eps = 1e-2;
             let moved = |by: f32| {
@@ -316,7 +444,10 @@ mod tests {
                 loss(&q, &k, &v)
             };
             let want = ((moved(eps) - moved(-eps)) / (2.0 * eps as f64)) as f32;
-            assert!((got - want).abs() < 2e-3 + 1e-2 * want.abs(), "{which} {at}: {got} {want}");
+            assert!(
+                (got - want).abs() < 2e-3 + 1e-2 * want.abs(),
+                "{which} {at}: {got} {want}"
+            );
         };
         for at in (0..q.len()).step_by(401) {
             check(0, at, dq[at]);

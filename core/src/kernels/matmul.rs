@@ -27,8 +27,17 @@ impl<'a> Mat<'a> {
     /// # Panics
     /// If `data` ends before the last row does.
     pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        assert!(rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len(), "matrix outside its buffer");
-        Self { data, rows, cols, row_stride: stride, col_stride: 1 }
+        assert!(
+            rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len(),
+            "matrix outside its buffer"
+        );
+        Self {
+            data,
+            rows,
+            cols,
+            row_stride: stride,
+            col_stride: 1,
+        }
     }
 
     /// The transpose; no data moves.
@@ -65,8 +74,16 @@ impl<'a> MatMut<'a> {
     /// # Panics
     /// If `data` ends before the last row does.
     pub fn strided(data: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        assert!(rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len(), "matrix outside its buffer");
-        Self { data, rows, cols, stride }
+        assert!(
+            rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len(),
+            "matrix outside its buffer"
+        );
+        Self {
+            data,
+            rows,
+            cols,
+            stride,
+        }
     }
 }
 
@@ -78,7 +95,13 @@ impl<'a> MatMut<'a> {
 /// If the shapes do not fit.
 pub fn matmul(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: bool, out: MatMut) {
     let (m, k, n) = (a.rows, a.cols, b.cols);
-    assert!(b.rows == k && out.rows == m && out.cols == n, "({m}, {k}) x ({}, {n}) -> ({}, {})", b.rows, out.rows, out.cols);
+    assert!(
+        b.rows == k && out.rows == m && out.cols == n,
+        "({m}, {k}) x ({}, {n}) -> ({}, {})",
+        b.rows,
+        out.rows,
+        out.cols
+    );
     if m == 0 || n == 0 {
         return;
     }
@@ -104,7 +127,11 @@ pub fn matmul(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: bool,
     let run = |part: usize| {
         let start = part * piece;
         let len = piece.min(side - start);
-        let (r0, rows, c0, cols) = if by_rows { (start, len, 0, n) } else { (0, m, start, len) };
+        let (r0, rows, c0, cols) = if by_rows {
+            (start, len, 0, n)
+        } else {
+            (0, m, start, len)
+        };
         // SAFETY: the constructors checked that each matrix lies inside its buffer; parts write to disjoint rows or columns.
         unsafe {
             gemm::gemm(
@@ -140,14 +167,24 @@ pub fn matmul(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: bool,
 ///
 /// # Panics
 /// If the shapes do not fit.
-pub fn matmul_nt_small(pool: Option<&Pool>, x: &[f32], w: &[f32], m: usize, k: usize, n: usize, out: &mut [f32]) {
+pub fn matmul_nt_small(
+    pool: Option<&Pool>,
+    x: &[f32],
+    w: &[f32],
+    m: usize,
+    k: usize,
+    n: usize,
+    out: &mut [f32],
+) {
     assert!(x.len() >= m * k && w.len() >= n * k && out.len() >= m * n);
     let threads = match pool {
         Some(pool) if n * k >= 1 << 15 => pool.threads(),
         _ => 1,
     };
     // A few pieces a thread, so that a thread the host has taken away does not hold up the others.
-    let piece = n.div_ceil(threads * if threads > 1 { 4 } else { 1 }).next_multiple_of(8);
+    let piece = n
+        .div_ceil(threads * if threads > 1 { 4 } else { 1 })
+        .next_multiple_of(8);
     let parts = n.div_ceil(piece);
     let shared = SharedMut::new(out);
     let run = |part: usize| {
@@ -172,7 +209,9 @@ mod tests {
     use super::*;
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + 1) * (seed * 2 + 7919) % 1009) as f32 - 504.0) / 504.0).collect()
+        (0..n)
+            .map(|i| (((i + 1) * (seed * 2 + 7919) % 1009) as f32 - 504.0) / 504.0)
+            .collect()
     }
 
     fn slow(a: Mat, b: Mat) -> Vec<f32> {
@@ -180,7 +219,10 @@ mod tests {
         for r in 0..a.rows {
             for c in 0..b.cols {
                 out[r * b.cols + c] = (0..a.cols)
-                    .map(|i| a.data[r * a.row_stride + i * a.col_stride] * b.data[i * b.row_stride + c * b.col_stride])
+                    .map(|i| {
+                        a.data[r * a.row_stride + i * a.col_stride]
+                            * b.data[i * b.row_stride + c * b.col_stride]
+                    })
                     .sum();
             }
         }
@@ -190,7 +232,15 @@ mod tests {
     #[test]
     fn products_agree_with_the_obvious_loop_over_odd_shapes_and_transposes() {
         let pool = Pool::new(2, 0);
-        for (m, k, n) in [(1, 1, 1), (3, 5, 7), (17, 33, 9), (64, 64, 64), (130, 65, 31), (31, 65, 200), (256, 100, 90)] {
+        for (m, k, n) in [
+            (1, 1, 1),
+            (3, 5, 7),
+            (17, 33, 9),
+            (64, 64, 64),
+            (130, 65, 31),
+            (31, 65, 200),
+            (256, 100, 90),
+        ] {
             let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
             for (ma, mb) in [
                 (Mat::new(&a, m, k), Mat::new(&b, k, n)),

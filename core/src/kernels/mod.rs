@@ -14,7 +14,8 @@ mod simd;
 pub use attention::{attention, attention_backward, AttentionGrad, AttentionShape, Span};
 pub use matmul::{matmul, matmul_nt_small, Mat, MatMut};
 pub use pointwise::{
-    add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward, RopeTable,
+    add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward,
+    RopeTable,
 };
 pub use pool::{quiet_thread, Pool, SharedMut};
 pub use random::Random;

@@ -50,7 +50,15 @@ pub fn rms_norm(pool: Option<&Pool>, x: &[f32], w: &[f32], eps: f32, out: &mut [
 /// Backward of [`rms_norm`]: adds to `dx`, and to `dw` where given. Shapes: x, dy, dx (t, d); w, dw (d).
 ///
 /// With `r = 1/√(mean(x²) + eps)` and `n = x r`: `dx = r (dy∘w − n · mean(dy∘w∘n))`, `dw = Σ_t dy∘n`.
-pub fn rms_norm_backward(pool: Option<&Pool>, x: &[f32], w: &[f32], eps: f32, dy: &[f32], dx: &mut [f32], dw: Option<&mut [f32]>) {
+pub fn rms_norm_backward(
+    pool: Option<&Pool>,
+    x: &[f32],
+    w: &[f32],
+    eps: f32,
+    dy: &[f32],
+    dx: &mut [f32],
+    dw: Option<&mut [f32]>,
+) {
     let d = w.len();
     let rows = x.len() / d;
     let shared = SharedMut::new(dx);
@@ -121,16 +129,35 @@ impl RopeTable {
 ///
 /// # Panics
 /// If a position is outside the table.
-pub fn rope(pool: Option<&Pool>, table: &RopeTable, x: &mut [f32], heads: usize, positions: &[u32]) {
+pub fn rope(
+    pool: Option<&Pool>,
+    table: &RopeTable,
+    x: &mut [f32],
+    heads: usize,
+    positions: &[u32],
+) {
     rotate(pool, table, x, heads, positions, 1.0)
 }
 
 /// Backward of [`rope`], in place: the rotation the other way round.
-pub fn rope_backward(pool: Option<&Pool>, table: &RopeTable, dx: &mut [f32], heads: usize, positions: &[u32]) {
+pub fn rope_backward(
+    pool: Option<&Pool>,
+    table: &RopeTable,
+    dx: &mut [f32],
+    heads: usize,
+    positions: &[u32],
+) {
     rotate(pool, table, dx, heads, positions, -1.0)
 }
 
-fn rotate(pool: Option<&Pool>, table: &RopeTable, x: &mut [f32], heads: usize, positions: &[u32], sign: f32) {
+fn rotate(
+    pool: Option<&Pool>,
+    table: &RopeTable,
+    x: &mut [f32],
+    heads: usize,
+    positions: &[u32],
+    sign: f32,
+) {
     let (half, e) = (table.half, 2 * table.half);
     let rows = positions.len();
     assert_eq!(x.len(), rows * heads * e);
@@ -161,7 +188,11 @@ pub fn swiglu(pool: Option<&Pool>, gate: &[f32], up: &[f32], width: usize, out: 
         let (from, len) = (start * width, (end - start) * width);
         // SAFETY: these rows belong to this part alone.
         let out = unsafe { shared.slice(from, len) };
-        for ((o, g), u) in out.iter_mut().zip(&gate[from..from + len]).zip(&up[from..from + len]) {
+        for ((o, g), u) in out
+            .iter_mut()
+            .zip(&gate[from..from + len])
+            .zip(&up[from..from + len])
+        {
             *o = g / (1.0 + (-g).exp()) * u;
         }
     });
@@ -196,7 +227,9 @@ mod tests {
     use super::*;
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| (((i + seed) * 7919 % 1009) as f32 - 504.0) / 252.0).collect()
+        (0..n)
+            .map(|i| (((i + seed) * 7919 % 1009) as f32 - 504.0) / 252.0)
+            .collect()
     }
 
     fn check_gradient(x: &[f32], got: &[f32], f: impl Fn(&[f32]) -> f64) {
@@ -207,7 +240,11 @@ mod tests {
                 f(&x)
             };
             let want = ((moved(1e-2) - moved(-1e-2)) / 2e-2) as f32;
-            assert!((got[at] - want).abs() < 5e-3 + 1e-2 * want.abs(), "{at}: {} {want}", got[at]);
+            assert!(
+                (got[at] - want).abs() < 5e-3 + 1e-2 * want.abs(),
+                "{at}: {} {want}",
+                got[at]
+            );
         }
     }
 

@@ -65,7 +65,11 @@ impl Pool {
                     .ok()
             })
             .collect();
-        Self { shared, workers, threads }
+        Self {
+            shared,
+            workers,
+            threads,
+        }
     }
 
     /// Threads that take part in a loop, the caller's included.
@@ -89,7 +93,10 @@ impl Pool {
             let mut state = self.shared.state.lock().unwrap_or_else(|e| e.into_inner());
             state.epoch += 1;
             state.parts = parts;
-            state.job = Some(Job { call: call::<F>, data: &body as *const F as *const () });
+            state.job = Some(Job {
+                call: call::<F>,
+                data: &body as *const F as *const (),
+            });
             state.panicked = false;
         }
         if parts == 2 {
@@ -109,7 +116,11 @@ impl Pool {
         let mut state = self.shared.state.lock().unwrap_or_else(|e| e.into_inner());
         state.job = None;
         while state.running > 0 {
-            state = self.shared.done.wait(state).unwrap_or_else(|e| e.into_inner());
+            state = self
+                .shared
+                .done
+                .wait(state)
+                .unwrap_or_else(|e| e.into_inner());
         }
         let theirs = state.panicked;
         drop(state);
@@ -122,7 +133,11 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.state.lock().unwrap_or_else(|e| e.into_inner()).stop = true;
+        self.shared
+            .state
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .stop = true;
         self.shared.work.notify_all();
         for worker in self.workers.drain(..) {
             let _ = worker.join();
@@ -198,7 +213,11 @@ unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
 
 impl<'a, T> SharedMut<'a, T> {
     pub fn new(slice: &'a mut [T]) -> Self {
-        Self { ptr: slice.as_mut_ptr(), len: slice.len(), _life: std::marker::PhantomData }
+        Self {
+            ptr: slice.as_mut_ptr(),
+            len: slice.len(),
+            _life: std::marker::PhantomData,
+        }
     }
 
     /// The elements `start..start + len`.
@@ -210,7 +229,11 @@ impl<'a, T> SharedMut<'a, T> {
     /// If the range is outside the slice.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
-        assert!(start <= self.len && len <= self.len - start, "range {start}+{len} outside {}", self.len);
+        assert!(
+            start <= self.len && len <= self.len - start,
+            "range {start}+{len} outside {}",
+            self.len
+        );
         // SAFETY: in range by the line above; not aliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
     }
@@ -239,7 +262,9 @@ mod tests {
     #[test]
     fn a_panic_in_a_part_reaches_the_caller_and_leaves_the_pool_usable() {
         let pool = Pool::new(3, 0);
-        let result = catch_unwind(AssertUnwindSafe(|| pool.run(50, |i| assert!(i != 20, "part 20"))));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(50, |i| assert!(i != 20, "part 20"))
+        }));
         assert!(result.is_err());
         let total = AtomicUsize::new(0);
         pool.run(50, |i| {

@@ -26,7 +26,12 @@ pub fn features() -> Features {
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
-            Features { avx2_fma: false, avx512: false, avx512_vnni: false, avx512_bf16: false }
+            Features {
+                avx2_fma: false,
+                avx512: false,
+                avx512_vnni: false,
+                avx512_bf16: false,
+            }
         }
     })
 }
@@ -82,7 +87,11 @@ pub(super) unsafe fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
         while i + 64 <= n {
             for (j, acc) in acc.iter_mut().enumerate() {
                 let at = i + 16 * j;
-                *acc = _mm512_fmadd_ps(_mm512_loadu_ps(pa.add(at)), _mm512_loadu_ps(pb.add(at)), *acc);
+                *acc = _mm512_fmadd_ps(
+                    _mm512_loadu_ps(pa.add(at)),
+                    _mm512_loadu_ps(pb.add(at)),
+                    *acc,
+                );
             }
             i += 64;
         }
@@ -115,7 +124,11 @@ pub(super) unsafe fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
         while i + 32 <= n {
             for (j, acc) in acc.iter_mut().enumerate() {
                 let at = i + 8 * j;
-                *acc = _mm256_fmadd_ps(_mm256_loadu_ps(pa.add(at)), _mm256_loadu_ps(pb.add(at)), *acc);
+                *acc = _mm256_fmadd_ps(
+                    _mm256_loadu_ps(pa.add(at)),
+                    _mm256_loadu_ps(pb.add(at)),
+                    *acc,
+                );
             }
             i += 32;
         }
@@ -131,11 +144,26 @@ mod tests {
 
     #[test]
     fn every_dot_product_agrees_with_the_scalar_one() {
-        for n in [0, 1, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 576, 1536, 1537] {
-            let a: Vec<f32> = (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
-            let b: Vec<f32> = (0..n).map(|i| ((i * 53 % 97) as f32 - 48.0) / 48.0).collect();
-            let want = a.iter().zip(&b).map(|(x, y)| *x as f64 * *y as f64).sum::<f64>() as f32;
-            let close = |got: f32| assert!((got - want).abs() <= 1e-4 * (1.0 + want.abs()), "{n}: {got} {want}");
+        for n in [
+            0, 1, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100, 576, 1536, 1537,
+        ] {
+            let a: Vec<f32> = (0..n)
+                .map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0)
+                .collect();
+            let b: Vec<f32> = (0..n)
+                .map(|i| ((i * 53 % 97) as f32 - 48.0) / 48.0)
+                .collect();
+            let want = a
+                .iter()
+                .zip(&b)
+                .map(|(x, y)| *x as f64 * *y as f64)
+                .sum::<f64>() as f32;
+            let close = |got: f32| {
+                assert!(
+                    (got - want).abs() <= 1e-4 * (1.0 + want.abs()),
+                    "{n}: {got} {want}"
+                )
+            };
             close(dot(&a, &b));
             close(dot_scalar(&a, &b));
             #[cfg(target_arch = "x86_64")]

@@ -76,7 +76,15 @@ pub struct Request {
 
 impl Default for Request {
     fn default() -> Self {
-        Self { messages: Vec::new(), tools: Vec::new(), allow_text: true, max_tokens: 0, deadline_ms: 0, temperature: 0.0, seed: 0 }
+        Self {
+            messages: Vec::new(),
+            tools: Vec::new(),
+            allow_text: true,
+            max_tokens: 0,
+            deadline_ms: 0,
+            temperature: 0.0,
+            seed: 0,
+        }
     }
 }
 
@@ -174,8 +182,10 @@ pub enum Pin {
 }
 
 /// Settings of one distillation. `None` and absent fields are the policy's recipe, then the built-in one.
+///
+/// As JSON the knobs stand beside the other fields, and `"promote": "never"` is another way to say `"trial": false`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(try_from = "Value")]
 pub struct DistilOptions {
     #[serde(flatten)]
     pub knobs: crate::policy::RecipeKnobs,
@@ -185,6 +195,41 @@ pub struct DistilOptions {
     pub continue_student: bool,
     /// Put the result before the gate and the live trial. `false` only stores it.
     pub trial: Option<bool>,
+}
+
+impl TryFrom<Value> for DistilOptions {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        let Value::Object(mut map) = value else {
+            return Err("the settings of a job are a JSON object".into());
+        };
+        let flag = |map: &mut Map<String, Value>, name: &str| match map.remove(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(b)) => Ok(Some(b)),
+            Some(other) => Err(format!("{name} is {other}, true or false is expected")),
+        };
+        let unfiltered = flag(&mut map, "unfiltered")?.unwrap_or(false);
+        let continue_student = flag(&mut map, "continue_student")?.unwrap_or(false);
+        let mut trial = flag(&mut map, "trial")?;
+        match map.remove("promote") {
+            None | Some(Value::Null) => {}
+            Some(Value::String(word)) if word == "auto" => trial = Some(true),
+            Some(Value::String(word)) if word == "never" => trial = Some(false),
+            Some(other) => {
+                return Err(format!(
+                    "promote is {other}, \"auto\" or \"never\" is expected"
+                ))
+            }
+        }
+        let knobs = serde_json::from_value(Value::Object(map)).map_err(|e| e.to_string())?;
+        Ok(Self {
+            knobs,
+            unfiltered,
+            continue_student,
+            trial,
+        })
+    }
 }
 
 /// Where a job or its candidate stands.
@@ -211,7 +256,10 @@ pub enum JobState {
 impl JobState {
     /// True while the background thread works on the job.
     pub fn is_running(self) -> bool {
-        matches!(self, Self::Queued | Self::Curating | Self::Training | Self::Saving | Self::Evaluating)
+        matches!(
+            self,
+            Self::Queued | Self::Curating | Self::Training | Self::Saving | Self::Evaluating
+        )
     }
     /// True while the job's candidate is tried on live episodes.
     pub fn is_trial(self) -> bool {

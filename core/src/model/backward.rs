@@ -7,8 +7,8 @@ use super::forward::{product, BlockTape, PackedRows, Tape};
 use super::params::LayerParam::{self, *};
 use super::{Lora, Model, ParamId};
 use crate::kernels::{
-    attention_backward, matmul, rms_norm, rms_norm_backward, rope_backward, swiglu_backward, AttentionGrad,
-    AttentionShape, Mat, MatMut, Pool, SharedMut,
+    attention_backward, matmul, rms_norm, rms_norm_backward, rope_backward, swiglu_backward,
+    AttentionGrad, AttentionShape, Mat, MatMut, Pool, SharedMut,
 };
 
 /// A tensor that training moves.
@@ -24,8 +24,14 @@ impl TrainId {
     pub fn name(self) -> String {
         match self {
             Self::Full(id) => id.name(),
-            Self::LoraA(layer, p) => format!("base_model.model.model.layers.{layer}.{}.lora_A.weight", p.module()),
-            Self::LoraB(layer, p) => format!("base_model.model.model.layers.{layer}.{}.lora_B.weight", p.module()),
+            Self::LoraA(layer, p) => format!(
+                "base_model.model.model.layers.{layer}.{}.lora_A.weight",
+                p.module()
+            ),
+            Self::LoraB(layer, p) => format!(
+                "base_model.model.model.layers.{layer}.{}.lora_B.weight",
+                p.module()
+            ),
         }
     }
 }
@@ -39,7 +45,12 @@ pub struct Grads {
 impl Grads {
     /// Zeroed buffers for these tensors.
     pub fn new(sizes: impl IntoIterator<Item = (TrainId, usize)>) -> Self {
-        Self { map: sizes.into_iter().map(|(id, n)| (id, vec![0.0; n])).collect() }
+        Self {
+            map: sizes
+                .into_iter()
+                .map(|(id, n)| (id, vec![0.0; n]))
+                .collect(),
+        }
     }
 
     /// Sets all sums to zero.
@@ -48,7 +59,9 @@ impl Grads {
     }
 
     fn full(&mut self, layer: usize, p: LayerParam) -> Option<&mut [f32]> {
-        self.map.get_mut(&TrainId::Full(ParamId::Layer(layer as u16, p))).map(|g| g.as_mut_slice())
+        self.map
+            .get_mut(&TrainId::Full(ParamId::Layer(layer as u16, p)))
+            .map(|g| g.as_mut_slice())
     }
 }
 
@@ -98,11 +111,16 @@ impl Model {
             let mut nll = vec![0f32; n];
             let mut best = vec![0u32; n];
             {
-                let (logits, nll, best) = (SharedMut::new(&mut logits), SharedMut::new(&mut nll), SharedMut::new(&mut best));
+                let (logits, nll, best) = (
+                    SharedMut::new(&mut logits),
+                    SharedMut::new(&mut nll),
+                    SharedMut::new(&mut best),
+                );
                 let scale = grad.as_ref().map(|g| g.0);
                 pool.run(n, |r| {
                     // SAFETY: row r belongs to this part alone.
-                    let (row, nll, best) = unsafe { (logits.slice(r * v, v), nll.slice(r, 1), best.slice(r, 1)) };
+                    let (row, nll, best) =
+                        unsafe { (logits.slice(r * v, v), nll.slice(r, 1), best.slice(r, 1)) };
                     let label = labels[from + r] as usize;
                     let mut max = f32::NEG_INFINITY;
                     for (i, x) in row.iter().enumerate() {
@@ -132,18 +150,48 @@ impl Model {
                 total.hits.push(best[r] == labels[from + r]);
             }
             total.nll.extend_from_slice(&nll);
-            let Some((_, dhidden, grads)) = grad.as_mut() else { continue };
+            let Some((_, dhidden, grads)) = grad.as_mut() else {
+                continue;
+            };
             let dlogits = Mat::new(&logits, n, v);
             let mut dnormed = vec![0.0; n * d];
-            matmul(Some(pool), dlogits, Mat::new(head, v, d), 1.0, false, MatMut::new(&mut dnormed, n, d));
+            matmul(
+                Some(pool),
+                dlogits,
+                Mat::new(head, v, d),
+                1.0,
+                false,
+                MatMut::new(&mut dnormed, n, d),
+            );
             if let Some(dhead) = grads.map.get_mut(&TrainId::Full(head_id)) {
-                matmul(Some(pool), dlogits.t(), Mat::new(&normed, n, d), 1.0, true, MatMut::new(dhead, v, d));
+                matmul(
+                    Some(pool),
+                    dlogits.t(),
+                    Mat::new(&normed, n, d),
+                    1.0,
+                    true,
+                    MatMut::new(dhead, v, d),
+                );
             }
             let mut dx = vec![0.0; n * d];
-            let dnorm = grads.map.get_mut(&TrainId::Full(ParamId::FinalNorm)).map(|g| g.as_mut_slice());
-            rms_norm_backward(Some(pool), &x, norm, self.config.rms_norm_eps, &dnormed, &mut dx, dnorm);
+            let dnorm = grads
+                .map
+                .get_mut(&TrainId::Full(ParamId::FinalNorm))
+                .map(|g| g.as_mut_slice());
+            rms_norm_backward(
+                Some(pool),
+                &x,
+                norm,
+                self.config.rms_norm_eps,
+                &dnormed,
+                &mut dx,
+                dnorm,
+            );
             for (r, &row) in rows[from..from + n].iter().enumerate() {
-                for (to, from) in dhidden[row * d..(row + 1) * d].iter_mut().zip(&dx[r * d..(r + 1) * d]) {
+                for (to, from) in dhidden[row * d..(row + 1) * d]
+                    .iter_mut()
+                    .zip(&dx[r * d..(r + 1) * d])
+                {
                     *to += from;
                 }
             }
@@ -153,7 +201,15 @@ impl Model {
 
     /// Backward through the blocks on the tape, last first: `dx` (t, d) comes in as the gradient of the last block's output and
     /// leaves as the gradient of the first taped block's input. Adds to the sums in `grads`.
-    pub fn blocks_backward(&self, pool: &Pool, rows: &PackedRows, lora: Option<&Lora>, tape: &Tape, dx: &mut [f32], grads: &mut Grads) {
+    pub fn blocks_backward(
+        &self,
+        pool: &Pool,
+        rows: &PackedRows,
+        lora: Option<&Lora>,
+        tape: &Tape,
+        dx: &mut [f32],
+        grads: &mut Grads,
+    ) {
         for (i, block) in tape.blocks.iter().enumerate().rev() {
             self.block_backward(pool, tape.first + i, rows, lora, block, dx, grads);
         }
@@ -187,19 +243,39 @@ impl Model {
         let (t, d, f) = (rows.len(), c.hidden_size, c.intermediate_size);
         let (qd, kd) = (c.q_size(), c.kv_size());
         let eps = c.rms_norm_eps;
-        let linear = LinearBackward { model: self, pool, layer, lora, t };
+        let linear = LinearBackward {
+            model: self,
+            pool,
+            layer,
+            lora,
+            t,
+        };
         let norm = |which: LayerParam| self.param(ParamId::Layer(layer as u16, which));
 
         // x_out = x2 + down(act)
         let mut dact = vec![0.0; t * f];
         linear.run(Down, &tape.act, dx, (f, d), &mut dact, false, grads);
         let (mut dgate, mut dup) = (vec![0.0; t * f], vec![0.0; t * f]);
-        swiglu_backward(Some(pool), (&tape.gate, &tape.up, &dact), f, &mut dgate, &mut dup);
+        swiglu_backward(
+            Some(pool),
+            (&tape.gate, &tape.up, &dact),
+            f,
+            &mut dgate,
+            &mut dup,
+        );
         drop(dact);
         let mut dn = vec![0.0; t * d];
         linear.run(Gate, &tape.n2, &dgate, (d, f), &mut dn, false, grads);
         linear.run(Up, &tape.n2, &dup, (d, f), &mut dn, true, grads);
-        rms_norm_backward(Some(pool), &tape.x2, norm(PostNorm), eps, &dn, dx, grads.full(layer, PostNorm));
+        rms_norm_backward(
+            Some(pool),
+            &tape.x2,
+            norm(PostNorm),
+            eps,
+            &dn,
+            dx,
+            grads.full(layer, PostNorm),
+        );
 
         // x2 = x + o(attention)
         let mut dmixed = vec![0.0; t * qd];
@@ -210,22 +286,68 @@ impl Model {
             num_key_value_heads: c.num_key_value_heads,
             head_dim: c.head_dim,
         };
-        let grad = AttentionGrad { dq: &mut dq, dk: &mut dk, dv: &mut dv };
-        attention_backward(Some(pool), shape, (&tape.q, &tape.k, &tape.v, &dmixed), &rows.spans, grad);
-        rope_backward(Some(pool), &self.rope, &mut dq, c.num_attention_heads, &rows.positions);
-        rope_backward(Some(pool), &self.rope, &mut dk, c.num_key_value_heads, &rows.positions);
+        let grad = AttentionGrad {
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        };
+        attention_backward(
+            Some(pool),
+            shape,
+            (&tape.q, &tape.k, &tape.v, &dmixed),
+            &rows.spans,
+            grad,
+        );
+        rope_backward(
+            Some(pool),
+            &self.rope,
+            &mut dq,
+            c.num_attention_heads,
+            &rows.positions,
+        );
+        rope_backward(
+            Some(pool),
+            &self.rope,
+            &mut dk,
+            c.num_key_value_heads,
+            &rows.positions,
+        );
         if c.architecture == Architecture::Qwen3 {
             let mut before = vec![0.0; dq.len()];
-            rms_norm_backward(Some(pool), &tape.q_raw, norm(QNorm), eps, &dq, &mut before, grads.full(layer, QNorm));
+            rms_norm_backward(
+                Some(pool),
+                &tape.q_raw,
+                norm(QNorm),
+                eps,
+                &dq,
+                &mut before,
+                grads.full(layer, QNorm),
+            );
             dq = before;
             let mut before = vec![0.0; dk.len()];
-            rms_norm_backward(Some(pool), &tape.k_raw, norm(KNorm), eps, &dk, &mut before, grads.full(layer, KNorm));
+            rms_norm_backward(
+                Some(pool),
+                &tape.k_raw,
+                norm(KNorm),
+                eps,
+                &dk,
+                &mut before,
+                grads.full(layer, KNorm),
+            );
             dk = before;
         }
         linear.run(Q, &tape.n1, &dq, (d, qd), &mut dn, false, grads);
         linear.run(K, &tape.n1, &dk, (d, kd), &mut dn, true, grads);
         linear.run(V, &tape.n1, &dv, (d, kd), &mut dn, true, grads);
-        rms_norm_backward(Some(pool), &tape.x, norm(InputNorm), eps, &dn, dx, grads.full(layer, InputNorm));
+        rms_norm_backward(
+            Some(pool),
+            &tape.x,
+            norm(InputNorm),
+            eps,
+            &dn,
+            dx,
+            grads.full(layer, InputNorm),
+        );
     }
 }
 
@@ -254,23 +376,67 @@ impl LinearBackward<'_> {
         let (t, pool) = (self.t, Some(self.pool));
         let w = self.model.param(ParamId::Layer(self.layer as u16, which));
         let (x_mat, dy_mat) = (Mat::new(x, t, width), Mat::new(dy, t, out));
-        matmul(pool, dy_mat, Mat::new(w, out, width), 1.0, accumulate, MatMut::new(dx, t, width));
+        matmul(
+            pool,
+            dy_mat,
+            Mat::new(w, out, width),
+            1.0,
+            accumulate,
+            MatMut::new(dx, t, width),
+        );
         if let Some(dw) = grads.full(self.layer, which) {
-            matmul(pool, dy_mat.t(), x_mat, 1.0, true, MatMut::new(dw, out, width));
+            matmul(
+                pool,
+                dy_mat.t(),
+                x_mat,
+                1.0,
+                true,
+                MatMut::new(dw, out, width),
+            );
         }
         let key = (self.layer as u16, which);
-        let Some((lora, (a, b))) = self.lora.and_then(|l| Some((l, l.pairs.get(&key)?))) else { return };
+        let Some((lora, (a, b))) = self.lora.and_then(|l| Some((l, l.pairs.get(&key)?))) else {
+            return;
+        };
         let (r, s) = (lora.config.rank, lora.scale());
         let (a_mat, b_mat) = (Mat::new(a, r, width), Mat::new(b, out, r));
         let mut low = vec![0.0; t * r];
         if let Some(db) = grads.map.get_mut(&TrainId::LoraB(key.0, which)) {
-            matmul(pool, x_mat, a_mat.t(), 1.0, false, MatMut::new(&mut low, t, r));
-            matmul(pool, dy_mat.t(), Mat::new(&low, t, r), s, true, MatMut::new(db, out, r));
+            matmul(
+                pool,
+                x_mat,
+                a_mat.t(),
+                1.0,
+                false,
+                MatMut::new(&mut low, t, r),
+            );
+            matmul(
+                pool,
+                dy_mat.t(),
+                Mat::new(&low, t, r),
+                s,
+                true,
+                MatMut::new(db, out, r),
+            );
         }
         matmul(pool, dy_mat, b_mat, s, false, MatMut::new(&mut low, t, r));
         if let Some(da) = grads.map.get_mut(&TrainId::LoraA(key.0, which)) {
-            matmul(pool, Mat::new(&low, t, r).t(), x_mat, 1.0, true, MatMut::new(da, r, width));
+            matmul(
+                pool,
+                Mat::new(&low, t, r).t(),
+                x_mat,
+                1.0,
+                true,
+                MatMut::new(da, r, width),
+            );
         }
-        matmul(pool, Mat::new(&low, t, r), a_mat, 1.0, true, MatMut::new(dx, t, width));
+        matmul(
+            pool,
+            Mat::new(&low, t, r),
+            a_mat,
+            1.0,
+            true,
+            MatMut::new(dx, t, width),
+        );
     }
 }

@@ -57,26 +57,43 @@ impl Config {
                 )))
             }
         };
-        let number = |name: &'static str, low: u64, high: u64| -> Result<Option<usize>, ModelError> {
-            match raw.get(name) {
-                None | Some(Value::Null) => Ok(None),
-                Some(value) => match value.as_u64() {
-                    Some(n) if (low..=high).contains(&n) => Ok(Some(n as usize)),
-                    _ => Err(ModelError::Config { field: name, found: value.to_string() }),
-                },
-            }
-        };
+        let number =
+            |name: &'static str, low: u64, high: u64| -> Result<Option<usize>, ModelError> {
+                match raw.get(name) {
+                    None | Some(Value::Null) => Ok(None),
+                    Some(value) => match value.as_u64() {
+                        Some(n) if (low..=high).contains(&n) => Ok(Some(n as usize)),
+                        _ => Err(ModelError::Config {
+                            field: name,
+                            found: value.to_string(),
+                        }),
+                    },
+                }
+            };
         let need = |name: &'static str, low: u64, high: u64| {
-            number(name, low, high)?.ok_or(ModelError::Config { field: name, found: "nothing".into() })
+            number(name, low, high)?.ok_or(ModelError::Config {
+                field: name,
+                found: "nothing".into(),
+            })
         };
         let float = |name: &'static str, default: Option<f64>| match raw.get(name) {
-            None | Some(Value::Null) => default.ok_or(ModelError::Config { field: name, found: "nothing".into() }),
+            None | Some(Value::Null) => default.ok_or(ModelError::Config {
+                field: name,
+                found: "nothing".into(),
+            }),
             Some(value) => match value.as_f64() {
                 Some(x) if x.is_finite() && x > 0.0 => Ok(x),
-                _ => Err(ModelError::Config { field: name, found: value.to_string() }),
+                _ => Err(ModelError::Config {
+                    field: name,
+                    found: value.to_string(),
+                }),
             },
         };
-        for (name, supported) in [("attention_bias", false), ("mlp_bias", false), ("use_sliding_window", false)] {
+        for (name, supported) in [
+            ("attention_bias", false),
+            ("mlp_bias", false),
+            ("use_sliding_window", false),
+        ] {
             if raw.get(name).and_then(Value::as_bool).unwrap_or(false) != supported {
                 return Err(ModelError::Unsupported(format!("{name} = true")));
             }
@@ -87,21 +104,32 @@ impl Config {
         }
         let hidden_size = need("hidden_size", 1, 1 << 16)?;
         let num_attention_heads = need("num_attention_heads", 1, 1 << 10)?;
-        let num_key_value_heads = number("num_key_value_heads", 1, 1 << 10)?.unwrap_or(num_attention_heads);
+        let num_key_value_heads =
+            number("num_key_value_heads", 1, 1 << 10)?.unwrap_or(num_attention_heads);
         let head_dim = number("head_dim", 2, 1 << 10)?.unwrap_or(hidden_size / num_attention_heads);
         if num_attention_heads % num_key_value_heads != 0 {
-            return Err(ModelError::Config { field: "num_key_value_heads", found: num_key_value_heads.to_string() });
+            return Err(ModelError::Config {
+                field: "num_key_value_heads",
+                found: num_key_value_heads.to_string(),
+            });
         }
         if head_dim % 2 != 0 {
-            return Err(ModelError::Config { field: "head_dim", found: head_dim.to_string() });
+            return Err(ModelError::Config {
+                field: "head_dim",
+                found: head_dim.to_string(),
+            });
         }
         // transformers 5 writes `rope_parameters` {rope_theta, rope_type, ...}; earlier versions `rope_theta` and `rope_scaling`.
         let parameters = raw.get("rope_parameters").filter(|v| v.is_object());
-        let rope_theta = match parameters.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64) {
+        let rope_theta = match parameters
+            .and_then(|p| p.get("rope_theta"))
+            .and_then(Value::as_f64)
+        {
             Some(theta) => theta,
             None => float("rope_theta", Some(10_000.0))?,
         };
-        let rope_scaling = rope_scaling(parameters.or_else(|| raw.get("rope_scaling").filter(|v| v.is_object())))?;
+        let rope_scaling =
+            rope_scaling(parameters.or_else(|| raw.get("rope_scaling").filter(|v| v.is_object())))?;
         Ok(Self {
             architecture,
             vocab_size: need("vocab_size", 1, 1 << 20)?,
@@ -115,7 +143,10 @@ impl Config {
             rms_norm_eps: float("rms_norm_eps", Some(1e-6))? as f32,
             rope_theta,
             rope_scaling,
-            tie_word_embeddings: raw.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
+            tie_word_embeddings: raw
+                .get("tie_word_embeddings")
+                .and_then(Value::as_bool)
+                .unwrap_or(false),
             raw: raw.clone(),
         })
     }
@@ -170,7 +201,9 @@ impl Config {
     pub fn inv_freq(&self) -> Vec<f64> {
         let plain = (0..self.head_dim / 2)
             .map(|i| 1.0 / self.rope_theta.powf(2.0 * i as f64 / self.head_dim as f64));
-        let Some(scaling) = self.rope_scaling else { return plain.collect() };
+        let Some(scaling) = self.rope_scaling else {
+            return plain.collect();
+        };
         let long = scaling.original_max_position_embeddings / scaling.low_freq_factor;
         let short = scaling.original_max_position_embeddings / scaling.high_freq_factor;
         plain
@@ -181,7 +214,8 @@ impl Config {
                 } else if wavelength < short {
                     f
                 } else {
-                    let smooth = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor)
+                    let smooth = (scaling.original_max_position_embeddings / wavelength
+                        - scaling.low_freq_factor)
                         / (scaling.high_freq_factor - scaling.low_freq_factor);
                     (1.0 - smooth) * f / scaling.factor + smooth * f
                 }
@@ -192,7 +226,11 @@ impl Config {
 
 fn rope_scaling(value: Option<&Value>) -> Result<Option<Llama3Scaling>, ModelError> {
     let Some(value) = value else { return Ok(None) };
-    let kind = value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str).unwrap_or("default");
+    let kind = value
+        .get("rope_type")
+        .or_else(|| value.get("type"))
+        .and_then(Value::as_str)
+        .unwrap_or("default");
     match kind {
         "default" => Ok(None),
         "llama3" => {
@@ -201,7 +239,10 @@ fn rope_scaling(value: Option<&Value>) -> Result<Option<Llama3Scaling>, ModelErr
                     .get(name)
                     .and_then(Value::as_f64)
                     .filter(|x| x.is_finite() && *x > 0.0)
-                    .ok_or(ModelError::Config { field: "rope_scaling", found: format!("{name} missing or not positive") })
+                    .ok_or(ModelError::Config {
+                        field: "rope_scaling",
+                        found: format!("{name} missing or not positive"),
+                    })
             };
             Ok(Some(Llama3Scaling {
                 factor: get("factor")?,
@@ -210,6 +251,8 @@ fn rope_scaling(value: Option<&Value>) -> Result<Option<Llama3Scaling>, ModelErr
                 original_max_position_embeddings: get("original_max_position_embeddings")?,
             }))
         }
-        other => Err(ModelError::Unsupported(format!("rope_scaling of type {other:?}"))),
+        other => Err(ModelError::Unsupported(format!(
+            "rope_scaling of type {other:?}"
+        ))),
     }
 }

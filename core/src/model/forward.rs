@@ -4,7 +4,8 @@ use super::config::Architecture;
 use super::params::LayerParam::{self, *};
 use super::{Lora, Model, ModelError, ParamId, Sequence};
 use crate::kernels::{
-    add_in_place, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, AttentionShape, Mat, MatMut, Pool, Span,
+    add_in_place, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, AttentionShape, Mat,
+    MatMut, Pool, Span,
 };
 
 /// Rows up to which a product is memory-bound and read row by row.
@@ -100,13 +101,20 @@ impl Model {
     ///
     /// # Errors
     /// A token outside the vocabulary or a sequence longer than the model's positions; nothing has then been changed.
-    pub fn step(&self, pool: &Pool, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>, ModelError> {
+    pub fn step(
+        &self,
+        pool: &Pool,
+        batch: &mut [(&mut Sequence, &[u32])],
+    ) -> Result<Vec<f32>, ModelError> {
         let mut ids = Vec::new();
         let mut positions = Vec::new();
         for (sequence, new) in batch.iter() {
             let (from, to) = (sequence.kv.len(), sequence.kv.len() + new.len());
             if to > self.max_positions() {
-                return Err(ModelError::TooLong { asked: to, limit: self.max_positions() });
+                return Err(ModelError::TooLong {
+                    asked: to,
+                    limit: self.max_positions(),
+                });
             }
             ids.extend_from_slice(new);
             positions.extend(from as u32..to as u32);
@@ -117,7 +125,15 @@ impl Model {
             sequence.kv.reserve(len);
         }
         for layer in 0..self.config.num_hidden_layers {
-            self.block(pool, layer, &mut x, &positions, &mut Kv::Caches(batch), None, None);
+            self.block(
+                pool,
+                layer,
+                &mut x,
+                &positions,
+                &mut Kv::Caches(batch),
+                None,
+                None,
+            );
         }
         for (sequence, new) in batch.iter_mut() {
             sequence.kv.advance(new.len());
@@ -142,7 +158,15 @@ impl Model {
         }
         for layer in from..to {
             let mut block = tape.as_ref().map(|_| BlockTape::default());
-            self.block(pool, layer, x, &rows.positions, &mut Kv::Packed(rows), lora, block.as_mut());
+            self.block(
+                pool,
+                layer,
+                x,
+                &rows.positions,
+                &mut Kv::Packed(rows),
+                lora,
+                block.as_mut(),
+            );
             if let (Some(tape), Some(block)) = (tape.as_deref_mut(), block) {
                 tape.blocks.push(block);
             }
@@ -157,9 +181,23 @@ impl Model {
             picked.extend_from_slice(&hidden[row * d..(row + 1) * d]);
         }
         let mut normed = vec![0.0; picked.len()];
-        rms_norm(Some(pool), &picked, self.param(ParamId::FinalNorm), self.config.rms_norm_eps, &mut normed);
+        rms_norm(
+            Some(pool),
+            &picked,
+            self.param(ParamId::FinalNorm),
+            self.config.rms_norm_eps,
+            &mut normed,
+        );
         let mut logits = vec![0.0; rows.len() * v];
-        product(pool, &normed, self.param(self.head_id()), rows.len(), d, v, &mut logits);
+        product(
+            pool,
+            &normed,
+            self.param(self.head_id()),
+            rows.len(),
+            d,
+            v,
+            &mut logits,
+        );
         logits
     }
 
@@ -190,7 +228,9 @@ impl Model {
         let linear = |which: LayerParam, x: &[f32], width: usize, out: usize| {
             let mut y = vec![0.0; t * out];
             product(pool, x, p(which), t, width, out, &mut y);
-            if let Some((lora, (a, b))) = lora.and_then(|l| Some((l, l.pairs.get(&(layer as u16, which))?))) {
+            if let Some((lora, (a, b))) =
+                lora.and_then(|l| Some((l, l.pairs.get(&(layer as u16, which))?)))
+            {
                 add_low_rank(pool, lora, a, b, x, t, width, out, &mut y);
             }
             y
@@ -207,8 +247,20 @@ impl Model {
             rms_norm(Some(pool), &q_raw, p(QNorm), c.rms_norm_eps, &mut q);
             rms_norm(Some(pool), &k_raw, p(KNorm), c.rms_norm_eps, &mut k);
         }
-        rope(Some(pool), &self.rope, &mut q, c.num_attention_heads, positions);
-        rope(Some(pool), &self.rope, &mut k, c.num_key_value_heads, positions);
+        rope(
+            Some(pool),
+            &self.rope,
+            &mut q,
+            c.num_attention_heads,
+            positions,
+        );
+        rope(
+            Some(pool),
+            &self.rope,
+            &mut k,
+            c.num_key_value_heads,
+            positions,
+        );
 
         let mut mixed = vec![0.0; t * qd];
         match kv {
@@ -226,7 +278,13 @@ impl Model {
                     .map(|(sequence, new)| {
                         let (k, v) = sequence.kv.read(layer);
                         row += new.len();
-                        Span { row: row - new.len(), len: new.len(), pos: sequence.kv.len(), k, v }
+                        Span {
+                            row: row - new.len(),
+                            len: new.len(),
+                            pos: sequence.kv.len(),
+                            k,
+                            v,
+                        }
                     })
                     .collect();
                 attention(Some(pool), self.shape(), &q, &spans, &mut mixed);
@@ -235,7 +293,13 @@ impl Model {
                 let spans: Vec<Span> = rows
                     .spans
                     .iter()
-                    .map(|&(row, len)| Span { row, len, pos: 0, k: &k[row * kd..], v: &v[row * kd..] })
+                    .map(|&(row, len)| Span {
+                        row,
+                        len,
+                        pos: 0,
+                        k: &k[row * kd..],
+                        v: &v[row * kd..],
+                    })
                     .collect();
                 attention(Some(pool), self.shape(), &q, &spans, &mut mixed);
             }
@@ -252,14 +316,30 @@ impl Model {
         let mut act = vec![0.0; t * f];
         swiglu(Some(pool), &gate, &up, f, &mut act);
         let y = match kv {
-            Kv::Caches(batch) if batch.iter().any(|(s, _)| s.fast.down.contains_key(&(layer as u16))) => {
+            Kv::Caches(batch)
+                if batch
+                    .iter()
+                    .any(|(s, _)| s.fast.down.contains_key(&(layer as u16))) =>
+            {
                 // Each sequence has a down-projection of its own, so they cannot share the product.
                 let mut y = vec![0.0; t * d];
                 let mut row = 0;
                 for (sequence, new) in batch.iter() {
-                    let w = sequence.fast.down.get(&(layer as u16)).map_or(p(Down), |w| w.as_slice());
+                    let w = sequence
+                        .fast
+                        .down
+                        .get(&(layer as u16))
+                        .map_or(p(Down), |w| w.as_slice());
                     let n = new.len();
-                    product(pool, &act[row * f..(row + n) * f], w, n, f, d, &mut y[row * d..(row + n) * d]);
+                    product(
+                        pool,
+                        &act[row * f..(row + n) * f],
+                        w,
+                        n,
+                        f,
+                        d,
+                        &mut y[row * d..(row + n) * d],
+                    );
                     row += n;
                 }
                 y
@@ -290,19 +370,58 @@ impl Model {
 }
 
 /// `y = x wᵀ`: x (t, width), w (out, width), y (t, out).
-pub(super) fn product(pool: &Pool, x: &[f32], w: &[f32], t: usize, width: usize, out: usize, y: &mut [f32]) {
+pub(super) fn product(
+    pool: &Pool,
+    x: &[f32],
+    w: &[f32],
+    t: usize,
+    width: usize,
+    out: usize,
+    y: &mut [f32],
+) {
     if t <= SMALL_ROWS {
         matmul_nt_small(Some(pool), x, w, t, width, out, y);
     } else {
-        matmul(Some(pool), Mat::new(x, t, width), Mat::new(w, out, width).t(), 1.0, false, MatMut::new(y, t, out));
+        matmul(
+            Some(pool),
+            Mat::new(x, t, width),
+            Mat::new(w, out, width).t(),
+            1.0,
+            false,
+            MatMut::new(y, t, out),
+        );
     }
 }
 
 /// `y += scale · (x aᵀ) bᵀ`.
 #[allow(clippy::too_many_arguments)]
-fn add_low_rank(pool: &Pool, lora: &Lora, a: &[f32], b: &[f32], x: &[f32], t: usize, width: usize, out: usize, y: &mut [f32]) {
+fn add_low_rank(
+    pool: &Pool,
+    lora: &Lora,
+    a: &[f32],
+    b: &[f32],
+    x: &[f32],
+    t: usize,
+    width: usize,
+    out: usize,
+    y: &mut [f32],
+) {
     let r = lora.config.rank;
     let mut low = vec![0.0; t * r];
-    matmul(Some(pool), Mat::new(x, t, width), Mat::new(a, r, width).t(), 1.0, false, MatMut::new(&mut low, t, r));
-    matmul(Some(pool), Mat::new(&low, t, r), Mat::new(b, out, r).t(), lora.scale(), true, MatMut::new(y, t, out));
+    matmul(
+        Some(pool),
+        Mat::new(x, t, width),
+        Mat::new(a, r, width).t(),
+        1.0,
+        false,
+        MatMut::new(&mut low, t, r),
+    );
+    matmul(
+        Some(pool),
+        Mat::new(&low, t, r),
+        Mat::new(b, out, r).t(),
+        lora.scale(),
+        true,
+        MatMut::new(y, t, out),
+    );
 }

@@ -39,7 +39,9 @@ impl Lora {
                 let shape = target.shape(model);
                 let (rows, cols) = (shape[0], shape[1]);
                 let bound = 1.0 / (cols as f32).sqrt();
-                let a = (0..config.rank * cols).map(|_| bound * (2.0 * random.unit() as f32 - 1.0)).collect();
+                let a = (0..config.rank * cols)
+                    .map(|_| bound * (2.0 * random.unit() as f32 - 1.0))
+                    .collect();
                 pairs.insert((layer, target), (a, vec![0.0; rows * config.rank]));
             }
         }
@@ -58,16 +60,32 @@ impl Lora {
             let id = ParamId::Layer(*layer, *target);
             let shape = id.shape(&model.config);
             let (rows, cols, r) = (shape[0], shape[1], self.config.rank);
-            let w = Arc::make_mut(merged.weights.params.get_mut(&id).expect("adapted matrices exist"));
-            matmul(Some(pool), Mat::new(b, rows, r), Mat::new(a, r, cols), self.scale(), true, MatMut::new(w, rows, cols));
+            let w = Arc::make_mut(
+                merged
+                    .weights
+                    .params
+                    .get_mut(&id)
+                    .expect("adapted matrices exist"),
+            );
+            matmul(
+                Some(pool),
+                Mat::new(b, rows, r),
+                Mat::new(a, r, cols),
+                self.scale(),
+                true,
+                MatMut::new(w, rows, cols),
+            );
         }
         merged
     }
 
     /// Writes `adapter_config.json` and `adapter_model.safetensors` as PEFT reads them.
     pub fn save(&self, dir: &Path, model: &Config, base_name: &str) -> Result<(), ModelError> {
-        let mut targets: Vec<&str> =
-            self.pairs.keys().map(|(_, t)| t.module().rsplit('.').next().expect("a module has a name")).collect();
+        let mut targets: Vec<&str> = self
+            .pairs
+            .keys()
+            .map(|(_, t)| t.module().rsplit('.').next().expect("a module has a name"))
+            .collect();
         targets.sort_unstable();
         targets.dedup();
         let config = json!({
@@ -89,9 +107,21 @@ impl Lora {
             let shape = target.shape(model);
             let name = format!("base_model.model.model.layers.{layer}.{}", target.module());
             let r = self.config.rank;
-            tensors.push((format!("{name}.lora_A.weight"), vec![r, shape[1]], encode(a, FileDtype::F32)));
-            tensors.push((format!("{name}.lora_B.weight"), vec![shape[0], r], encode(b, FileDtype::F32)));
+            tensors.push((
+                format!("{name}.lora_A.weight"),
+                vec![r, shape[1]],
+                encode(a, FileDtype::F32),
+            ));
+            tensors.push((
+                format!("{name}.lora_B.weight"),
+                vec![shape[0], r],
+                encode(b, FileDtype::F32),
+            ));
         }
-        write_safetensors(&dir.join("adapter_model.safetensors"), &tensors, FileDtype::F32)
+        write_safetensors(
+            &dir.join("adapter_model.safetensors"),
+            &tensors,
+            FileDtype::F32,
+        )
     }
 }

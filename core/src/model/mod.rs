@@ -24,7 +24,8 @@ pub use params::{LayerParam, ParamId, LINEARS};
 pub use sequence::{FastWeights, KvCache, Sequence};
 pub use tiny::{write_tiny, TINY_CHARS};
 pub use weights::{
-    decode, encode, read_config, read_gguf, write_atomically, write_safetensors, FileDtype, Gguf, Param, Weights,
+    decode, encode, read_config, read_gguf, write_atomically, write_safetensors, FileDtype, Gguf,
+    Param, Weights,
 };
 
 use crate::kernels::RopeTable;
@@ -34,7 +35,10 @@ use crate::kernels::RopeTable;
 #[non_exhaustive]
 pub enum ModelError {
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{path}: {why}")]
     File { path: PathBuf, why: String },
     #[error("this model cannot be run: {0}")]
@@ -55,7 +59,10 @@ pub enum ModelError {
 
 impl ModelError {
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io {
+            path: path.into(),
+            source,
+        }
     }
 }
 
@@ -75,15 +82,27 @@ impl Model {
     pub fn new(config: Config, weights: Weights) -> Result<Self, ModelError> {
         for id in ParamId::all(&config) {
             let name = || id.name();
-            let data = weights.params.get(&id).ok_or_else(|| ModelError::MissingTensor(name()))?;
+            let data = weights
+                .params
+                .get(&id)
+                .ok_or_else(|| ModelError::MissingTensor(name()))?;
             let want: usize = id.shape(&config).iter().product();
             if data.len() != want {
-                return Err(ModelError::Tensor { name: name(), why: format!("{} numbers, not {want}", data.len()) });
+                return Err(ModelError::Tensor {
+                    name: name(),
+                    why: format!("{} numbers, not {want}", data.len()),
+                });
             }
         }
-        let positions = config.max_position_embeddings.min(crate::limits::MAX_PROMPT_TOKENS + crate::limits::MAX_REPLY_TOKENS);
+        let positions = config
+            .max_position_embeddings
+            .min(crate::limits::MAX_PROMPT_TOKENS + crate::limits::MAX_REPLY_TOKENS);
         let rope = Arc::new(RopeTable::new(&config.inv_freq(), positions));
-        Ok(Self { config, weights, rope })
+        Ok(Self {
+            config,
+            weights,
+            rope,
+        })
     }
 
     /// Reads a Hugging Face folder.
@@ -131,7 +150,10 @@ impl Model {
     /// Rounds every parameter to the nearest bf16, so that what is evaluated is what a bf16 file will hold.
     pub fn round_to_bf16(&mut self) {
         for param in self.weights.params.values_mut() {
-            if param.iter().all(|x| half::bf16::from_f32(*x).to_f32() == *x) {
+            if param
+                .iter()
+                .all(|x| half::bf16::from_f32(*x).to_f32() == *x)
+            {
                 continue;
             }
             for x in Arc::make_mut(param) {

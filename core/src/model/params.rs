@@ -104,7 +104,9 @@ impl ParamId {
             if config.architecture == Architecture::Qwen3 {
                 [QNorm, KNorm].into_iter().for_each(&mut push);
             }
-            [O, PostNorm, Gate, Up, Down].into_iter().for_each(&mut push);
+            [O, PostNorm, Gate, Up, Down]
+                .into_iter()
+                .for_each(&mut push);
         }
         ids.push(Self::FinalNorm);
         if !config.tie_word_embeddings {

@@ -20,7 +20,12 @@ impl KvCache {
         let layers = (0..config.num_hidden_layers)
             .map(|_| (vec![0.0; capacity * width], vec![0.0; capacity * width]))
             .collect();
-        Self { len: 0, capacity, width, layers }
+        Self {
+            len: 0,
+            capacity,
+            width,
+            layers,
+        }
     }
 
     /// Filled positions.
@@ -51,8 +56,17 @@ impl KvCache {
             to[..len * self.width].copy_from_slice(&from[..len * self.width]);
             to
         };
-        let layers = self.layers.iter().map(|(k, v)| (copy(k), copy(v))).collect();
-        Self { len, capacity, width: self.width, layers }
+        let layers = self
+            .layers
+            .iter()
+            .map(|(k, v)| (copy(k), copy(v)))
+            .collect();
+        Self {
+            len,
+            capacity,
+            width: self.width,
+            layers,
+        }
     }
 
     pub(super) fn reserve(&mut self, positions: usize) {
@@ -102,7 +116,11 @@ pub struct Sequence {
 impl Sequence {
     /// An empty sequence with room for `capacity` tokens.
     pub fn new(config: &Config, capacity: usize) -> Self {
-        Self { ids: Vec::new(), kv: KvCache::new(config, capacity), fast: FastWeights::default() }
+        Self {
+            ids: Vec::new(),
+            kv: KvCache::new(config, capacity),
+            fast: FastWeights::default(),
+        }
     }
 
     /// A sequence that begins with this one's first `len` tokens, with room for `capacity`; nothing beyond them is copied.
@@ -110,9 +128,16 @@ impl Sequence {
     /// # Panics
     /// If the sequence has fast weights, which belong to all of it.
     pub fn prefix(&self, len: usize, capacity: usize) -> Self {
-        assert!(self.fast.down.is_empty(), "a sequence with fast weights cannot be cut back");
+        assert!(
+            self.fast.down.is_empty(),
+            "a sequence with fast weights cannot be cut back"
+        );
         let len = len.min(self.ids.len());
-        Self { ids: self.ids[..len].to_vec(), kv: self.kv.prefix(len, capacity), fast: FastWeights::default() }
+        Self {
+            ids: self.ids[..len].to_vec(),
+            kv: self.kv.prefix(len, capacity),
+            fast: FastWeights::default(),
+        }
     }
 
     /// Cuts the sequence back to its first `len` tokens. Only allowed while no fast weights have been written,
@@ -121,7 +146,10 @@ impl Sequence {
     /// # Panics
     /// If the sequence has fast weights.
     pub fn truncate(&mut self, len: usize) {
-        assert!(self.fast.down.is_empty(), "a sequence with fast weights cannot be cut back");
+        assert!(
+            self.fast.down.is_empty(),
+            "a sequence with fast weights cannot be cut back"
+        );
         self.ids.truncate(len);
         self.kv.truncate(len);
     }

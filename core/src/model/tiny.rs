@@ -21,7 +21,11 @@ pub fn write_tiny(dir: &Path, seed: u64) -> Result<(), ModelError> {
     let special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
     let mut vocab: Vec<String> = special.iter().map(|s| s.to_string()).collect();
     vocab.extend((0u16..=255).map(|b| byte_char(b as u8).to_string()));
-    let map: serde_json::Map<String, Value> = vocab.iter().enumerate().map(|(i, t)| (t.clone(), json!(i))).collect();
+    let map: serde_json::Map<String, Value> = vocab
+        .iter()
+        .enumerate()
+        .map(|(i, t)| (t.clone(), json!(i)))
+        .collect();
     let added: Vec<Value> = special
         .iter()
         .enumerate()
@@ -55,7 +59,10 @@ pub fn write_tiny(dir: &Path, seed: u64) -> Result<(), ModelError> {
     };
     write("tokenizer.json", &tokenizer)?;
     write("tokenizer_config.json", &tokenizer_config)?;
-    write("generation_config.json", &json!({"bos_token_id": 0, "eos_token_id": 2}))?;
+    write(
+        "generation_config.json",
+        &json!({"bos_token_id": 0, "eos_token_id": 2}),
+    )?;
     let mut raw = Config::llama_json(vocab.len(), 32, 64, 2, 2, 1, 2048, 1e-5, 10_000.0, true);
     raw["bos_token_id"] = json!(0);
     raw["eos_token_id"] = json!(2);
@@ -71,7 +78,13 @@ pub(crate) fn random_model(raw: &Value, seed: u64, sigma: f64) -> Result<Model, 
         let shape = id.shape(&config);
         let n = shape.iter().product();
         let data = (0..n)
-            .map(|_| if shape.len() == 1 { 1.0 + 0.1 * random.normal() as f32 } else { (sigma * random.normal()) as f32 })
+            .map(|_| {
+                if shape.len() == 1 {
+                    1.0 + 0.1 * random.normal() as f32
+                } else {
+                    (sigma * random.normal()) as f32
+                }
+            })
             .collect();
         params.insert(id, Arc::new(data));
     }

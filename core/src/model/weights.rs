@@ -40,12 +40,20 @@ pub enum FileDtype {
 /// [`ModelError::Io`] and [`ModelError::Config`] name the file.
 pub fn read_config(dir: &Path) -> Result<Config, ModelError> {
     let path = dir.join("config.json");
-    let size = fs::metadata(&path).map_err(|e| ModelError::io(&path, e))?.len();
+    let size = fs::metadata(&path)
+        .map_err(|e| ModelError::io(&path, e))?
+        .len();
     if size > limits::MAX_CONFIG_BYTES {
-        return Err(ModelError::File { path, why: format!("{size} bytes is more than a config can have") });
+        return Err(ModelError::File {
+            path,
+            why: format!("{size} bytes is more than a config can have"),
+        });
     }
     let text = fs::read_to_string(&path).map_err(|e| ModelError::io(&path, e))?;
-    let raw: Value = serde_json::from_str(&text).map_err(|e| ModelError::File { path: path.clone(), why: e.to_string() })?;
+    let raw: Value = serde_json::from_str(&text).map_err(|e| ModelError::File {
+        path: path.clone(),
+        why: e.to_string(),
+    })?;
     Config::from_json(&raw)
 }
 
@@ -60,11 +68,15 @@ impl Weights {
         for path in weight_files(dir)? {
             // Read, not mapped: another process that shortens a mapped file would bring the host down with SIGBUS.
             let bytes = fs::read(&path).map_err(|e| ModelError::io(&path, e))?;
-            let file = SafeTensors::deserialize(&bytes)
-                .map_err(|e| ModelError::File { path: path.clone(), why: e.to_string() })?;
+            let file = SafeTensors::deserialize(&bytes).map_err(|e| ModelError::File {
+                path: path.clone(),
+                why: e.to_string(),
+            })?;
             for (name, view) in file.tensors() {
                 // Some exporters leave the tied head in.
-                if name == "lm_head.weight" && config.tie_word_embeddings || name.ends_with("rotary_emb.inv_freq") {
+                if name == "lm_head.weight" && config.tie_word_embeddings
+                    || name.ends_with("rotary_emb.inv_freq")
+                {
                     continue;
                 }
                 let data = decode(&name, &view)?;
@@ -74,7 +86,9 @@ impl Weights {
         let mut params = BTreeMap::new();
         for id in ParamId::all(config) {
             let name = id.name();
-            let data = found.remove(&name).ok_or_else(|| ModelError::MissingTensor(name.clone()))?;
+            let data = found
+                .remove(&name)
+                .ok_or_else(|| ModelError::MissingTensor(name.clone()))?;
             check(&name, &data, &id.shape(config))?;
             params.insert(id, data);
         }
@@ -96,7 +110,11 @@ impl Weights {
 }
 
 /// Writes a safetensors file with `format = pt` in its header, which transformers asks for.
-pub fn write_safetensors(path: &Path, tensors: &[(String, Vec<usize>, Vec<u8>)], dtype: FileDtype) -> Result<(), ModelError> {
+pub fn write_safetensors(
+    path: &Path,
+    tensors: &[(String, Vec<usize>, Vec<u8>)],
+    dtype: FileDtype,
+) -> Result<(), ModelError> {
     let dtype = match dtype {
         FileDtype::F32 => Dtype::F32,
         FileDtype::Bf16 => Dtype::BF16,
@@ -104,13 +122,20 @@ pub fn write_safetensors(path: &Path, tensors: &[(String, Vec<usize>, Vec<u8>)],
     let views: Vec<(&str, TensorView)> = tensors
         .iter()
         .map(|(name, shape, bytes)| {
-            let view = TensorView::new(dtype, shape.clone(), bytes).expect("bytes match the shape they were made from");
+            let view = TensorView::new(dtype, shape.clone(), bytes)
+                .expect("bytes match the shape they were made from");
             (name.as_str(), view)
         })
         .collect();
-    let metadata = Some([("format".to_string(), "pt".to_string())].into_iter().collect());
-    let bytes = safetensors::serialize(views, metadata)
-        .map_err(|e| ModelError::File { path: path.into(), why: e.to_string() })?;
+    let metadata = Some(
+        [("format".to_string(), "pt".to_string())]
+            .into_iter()
+            .collect(),
+    );
+    let bytes = safetensors::serialize(views, metadata).map_err(|e| ModelError::File {
+        path: path.into(),
+        why: e.to_string(),
+    })?;
     write_atomically(path, &bytes)
 }
 
@@ -137,7 +162,10 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
 pub fn encode(data: &[f32], dtype: FileDtype) -> Vec<u8> {
     match dtype {
         FileDtype::F32 => data.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        FileDtype::Bf16 => data.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+        FileDtype::Bf16 => data
+            .iter()
+            .flat_map(|x| bf16::from_f32(*x).to_le_bytes())
+            .collect(),
     }
 }
 
@@ -148,13 +176,30 @@ pub fn encode(data: &[f32], dtype: FileDtype) -> Vec<u8> {
 pub fn decode(name: &str, view: &TensorView) -> Result<Vec<f32>, ModelError> {
     let bytes = view.data();
     let data: Vec<f32> = match view.dtype() {
-        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        other => return Err(ModelError::Tensor { name: name.into(), why: format!("dtype {other:?} is not supported") }),
+        Dtype::F32 => bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect(),
+        Dtype::F16 => bytes
+            .chunks_exact(2)
+            .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
+            .collect(),
+        Dtype::BF16 => bytes
+            .chunks_exact(2)
+            .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())
+            .collect(),
+        other => {
+            return Err(ModelError::Tensor {
+                name: name.into(),
+                why: format!("dtype {other:?} is not supported"),
+            })
+        }
     };
     match data.iter().position(|x| !x.is_finite()) {
-        Some(at) => Err(ModelError::Tensor { name: name.into(), why: format!("element {at} is not a finite number") }),
+        Some(at) => Err(ModelError::Tensor {
+            name: name.into(),
+            why: format!("element {at} is not a finite number"),
+        }),
         None => Ok(data),
     }
 }
@@ -162,8 +207,14 @@ pub fn decode(name: &str, view: &TensorView) -> Result<Vec<f32>, ModelError> {
 fn check(name: &str, data: &[f32], shape: &[usize]) -> Result<(), ModelError> {
     let want: usize = shape.iter().product();
     if data.len() != want {
-        let why = format!("{} numbers, the config calls for {want} {shape:?}", data.len());
-        return Err(ModelError::Tensor { name: name.into(), why });
+        let why = format!(
+            "{} numbers, the config calls for {want} {shape:?}",
+            data.len()
+        );
+        return Err(ModelError::Tensor {
+            name: name.into(),
+            why,
+        });
     }
     Ok(())
 }
@@ -178,13 +229,22 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, ModelError> {
         path: dir.into(),
         why: "neither model.safetensors nor model.safetensors.index.json is there".into(),
     })?;
-    let bad = |why: &str| ModelError::File { path: index.clone(), why: why.into() };
+    let bad = |why: &str| ModelError::File {
+        path: index.clone(),
+        why: why.into(),
+    };
     let value: Value = serde_json::from_str(&text).map_err(|e| bad(&e.to_string()))?;
-    let map = value.get("weight_map").and_then(Value::as_object).ok_or_else(|| bad("no weight_map"))?;
+    let map = value
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| bad("no weight_map"))?;
     let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
     names.sort_unstable();
     names.dedup();
-    if names.iter().any(|n| n.contains(['/', '\\']) || n.starts_with('.')) {
+    if names
+        .iter()
+        .any(|n| n.contains(['/', '\\']) || n.starts_with('.'))
+    {
         return Err(bad("a shard's name leaves the folder"));
     }
     Ok(names.into_iter().map(|n| dir.join(n)).collect())
@@ -204,12 +264,17 @@ pub struct Gguf {
 /// # Errors
 /// A file that is cut short, another architecture, a missing tensor or a wrong shape; each names the tensor or the key.
 pub fn read_gguf(path: &Path) -> Result<Gguf, ModelError> {
-    let bad = |why: String| ModelError::File { path: path.into(), why };
+    let bad = |why: String| ModelError::File {
+        path: path.into(),
+        why,
+    };
     let mut file = std::io::BufReader::new(File::open(path).map_err(|e| ModelError::io(path, e))?);
-    let content = gguf_file::Content::read(&mut file).map_err(|e| bad(format!("not a readable GGUF file: {e}")))?;
+    let content = gguf_file::Content::read(&mut file)
+        .map_err(|e| bad(format!("not a readable GGUF file: {e}")))?;
     let get = |key: &str| content.metadata.get(key);
     let text = |key: &str| get(key).and_then(|v| v.to_string().ok()).cloned();
-    let arch = text("general.architecture").ok_or_else(|| bad("general.architecture is missing".into()))?;
+    let arch = text("general.architecture")
+        .ok_or_else(|| bad("general.architecture is missing".into()))?;
     let architecture = match arch.as_str() {
         "llama" => Architecture::Llama,
         "qwen3" => Architecture::Qwen3,
@@ -227,7 +292,9 @@ pub fn read_gguf(path: &Path) -> Result<Gguf, ModelError> {
             .ok_or_else(|| bad(format!("{key} is missing or no number")))
     };
     let float = |key: &str, default: f64| {
-        get(&format!("{arch}.{key}")).and_then(|v| v.to_f32().ok()).map_or(default, |x| shortest(x))
+        get(&format!("{arch}.{key}"))
+            .and_then(|v| v.to_f32().ok())
+            .map_or(default, |x| shortest(x))
     };
     let (d, heads) = (number("embedding_length")?, number("attention.head_count")?);
     let embed_shape = content
@@ -236,7 +303,10 @@ pub fn read_gguf(path: &Path) -> Result<Gguf, ModelError> {
         .map(|info| info.shape.dims().to_vec())
         .ok_or_else(|| ModelError::MissingTensor("token_embd.weight".into()))?;
     if embed_shape.len() != 2 {
-        return Err(ModelError::Tensor { name: "token_embd.weight".into(), why: format!("shape {embed_shape:?}") });
+        return Err(ModelError::Tensor {
+            name: "token_embd.weight".into(),
+            why: format!("shape {embed_shape:?}"),
+        });
     }
     let tied = !content.tensor_infos.contains_key("output.weight");
     let mut raw = Config::llama_json(
@@ -258,7 +328,10 @@ pub fn read_gguf(path: &Path) -> Result<Gguf, ModelError> {
         raw["model_type"] = json!("qwen3");
         raw["architectures"] = json!(["Qwen3ForCausalLM"]);
     }
-    for (name, key) in [("bos_token_id", "tokenizer.ggml.bos_token_id"), ("eos_token_id", "tokenizer.ggml.eos_token_id")] {
+    for (name, key) in [
+        ("bos_token_id", "tokenizer.ggml.bos_token_id"),
+        ("eos_token_id", "tokenizer.ggml.eos_token_id"),
+    ] {
         if let Some(id) = get(key).and_then(|v| v.to_u32().ok()) {
             raw[name] = json!(id);
         }
@@ -271,19 +344,33 @@ pub fn read_gguf(path: &Path) -> Result<Gguf, ModelError> {
             .tensor(&mut file, &name, &Device::Cpu)
             .and_then(|t| t.dequantize(&Device::Cpu))
             .and_then(|t| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>())
-            .map_err(|e| ModelError::Tensor { name: name.clone(), why: e.to_string() })?;
+            .map_err(|e| ModelError::Tensor {
+                name: name.clone(),
+                why: e.to_string(),
+            })?;
         check(&name, &tensor, &id.shape(&config))?;
         if let Some(at) = tensor.iter().position(|x| !x.is_finite()) {
-            return Err(ModelError::Tensor { name, why: format!("element {at} is not a finite number") });
+            return Err(ModelError::Tensor {
+                name,
+                why: format!("element {at} is not a finite number"),
+            });
         }
         let tensor = match (architecture, id) {
-            (Architecture::Llama, ParamId::Layer(_, LayerParam::Q)) => half_split(&tensor, config.num_attention_heads, config.hidden_size),
-            (Architecture::Llama, ParamId::Layer(_, LayerParam::K)) => half_split(&tensor, config.num_key_value_heads, config.hidden_size),
+            (Architecture::Llama, ParamId::Layer(_, LayerParam::Q)) => {
+                half_split(&tensor, config.num_attention_heads, config.hidden_size)
+            }
+            (Architecture::Llama, ParamId::Layer(_, LayerParam::K)) => {
+                half_split(&tensor, config.num_key_value_heads, config.hidden_size)
+            }
             _ => tensor,
         };
         params.insert(id, Arc::new(tensor));
     }
-    Ok(Gguf { config, weights: Weights { params }, metadata: content.metadata })
+    Ok(Gguf {
+        config,
+        weights: Weights { params },
+        metadata: content.metadata,
+    })
 }
 
 /// The shortest decimal that reads back as this `f32`: 1e-5 stored as f32 is 1e-5 again, and not 9.99999974e-6.

@@ -24,7 +24,9 @@ pub(super) fn save(
     let mut tensors: Vec<(String, Vec<u8>)> = Vec::with_capacity(3 * trainable.len());
     for &(id, _) in trainable {
         let name = id.name();
-        trainee.with(id, &mut |w| tensors.push((format!("w.{name}"), encode(w, FileDtype::F32))));
+        trainee.with(id, &mut |w| {
+            tensors.push((format!("w.{name}"), encode(w, FileDtype::F32)))
+        });
         let (m, v) = &adam.moments[&id];
         tensors.push((format!("m.{name}"), encode(m, FileDtype::F32)));
         tensors.push((format!("v.{name}"), encode(v, FileDtype::F32)));
@@ -34,13 +36,19 @@ pub(super) fn save(
         .map(|(name, bytes)| {
             let shape = vec![bytes.len() / 4];
             let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, bytes);
-            (name.as_str(), view.expect("bytes match the shape they were made from"))
+            (
+                name.as_str(),
+                view.expect("bytes match the shape they were made from"),
+            )
         })
         .collect();
     let text = serde_json::to_string(&(state, adam.steps)).expect("a state prints");
     let metadata = Some([("state".to_string(), text)].into_iter().collect());
     let path = dir.join(FILE);
-    let bad = |why: String| TrainError::Checkpoint { path: path.display().to_string(), why };
+    let bad = |why: String| TrainError::Checkpoint {
+        path: path.display().to_string(),
+        why,
+    };
     let bytes = safetensors::serialize(views, metadata).map_err(|e| bad(e.to_string()))?;
     write_atomically(&path, &bytes).map_err(|e| bad(e.to_string()))
 }
@@ -58,12 +66,25 @@ pub(super) fn load(
     let bytes = match fs::read(&path) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(TrainError::Checkpoint { path: path.display().to_string(), why: e.to_string() }),
+        Err(e) => {
+            return Err(TrainError::Checkpoint {
+                path: path.display().to_string(),
+                why: e.to_string(),
+            })
+        }
     };
-    let bad = |why: String| TrainError::Checkpoint { path: path.display().to_string(), why };
+    let bad = |why: String| TrainError::Checkpoint {
+        path: path.display().to_string(),
+        why,
+    };
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
-    let text = header.metadata().as_ref().and_then(|m| m.get("state")).ok_or_else(|| bad("no state inside".into()))?;
-    let (state, steps): (State, u64) = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+    let text = header
+        .metadata()
+        .as_ref()
+        .and_then(|m| m.get("state"))
+        .ok_or_else(|| bad("no state inside".into()))?;
+    let (state, steps): (State, u64) =
+        serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
     if state.plan.as_ref() != Some(plan) || state.data != data_hash {
         return Ok(None);
     }

@@ -12,7 +12,9 @@ use super::optim::{AdamW, Schedule};
 use super::plan::{Method, TrainPlan};
 use super::TrainError;
 use crate::kernels::{Pool, Random};
-use crate::model::{AdapterConfig, Grads, Lora, Model, PackedRows, ParamId, Tape, TrainId, LINEARS};
+use crate::model::{
+    AdapterConfig, Grads, Lora, Model, PackedRows, ParamId, Tape, TrainId, LINEARS,
+};
 
 /// A prompt and what should be said to it: loss on `ids[target_start..]` alone.
 #[derive(Clone, Debug, PartialEq)]
@@ -123,18 +125,28 @@ impl Trainee {
     pub(super) fn with(&mut self, id: TrainId, change: &mut dyn FnMut(&mut [f32])) {
         match id {
             TrainId::Full(id) => {
-                let shared = self.model.weights.params.get_mut(&id).expect("trained tensors exist");
+                let shared = self
+                    .model
+                    .weights
+                    .params
+                    .get_mut(&id)
+                    .expect("trained tensors exist");
                 let own: &mut Vec<f32> = Arc::make_mut(shared);
                 change(own)
-            },
+            }
             TrainId::LoraA(layer, p) => change(&mut self.pair(layer, p).0),
             TrainId::LoraB(layer, p) => change(&mut self.pair(layer, p).1),
         }
     }
 
     fn pair(&mut self, layer: u16, p: crate::model::LayerParam) -> &mut (Vec<f32>, Vec<f32>) {
-        let lora = self.lora.as_mut().expect("adapter tensors belong to an adapter");
-        lora.pairs.get_mut(&(layer, p)).expect("trained pairs exist")
+        let lora = self
+            .lora
+            .as_mut()
+            .expect("adapter tensors belong to an adapter");
+        lora.pairs
+            .get_mut(&(layer, p))
+            .expect("trained pairs exist")
     }
 }
 
@@ -169,14 +181,27 @@ pub fn fit(
     let config = &base.config;
     let trainable = plan.trainable(config);
     let lora = match plan.method {
-        Method::Lora { rank, alpha } => {
-            Some(Lora::new(config, AdapterConfig { rank, alpha, seed: plan.seed }, &LINEARS))
-        }
+        Method::Lora { rank, alpha } => Some(Lora::new(
+            config,
+            AdapterConfig {
+                rank,
+                alpha,
+                seed: plan.seed,
+            },
+            &LINEARS,
+        )),
         _ => None,
     };
-    let mut trainee = Trainee { model: base.clone(), lora };
+    let mut trainee = Trainee {
+        model: base.clone(),
+        lora,
+    };
     let mut adam = AdamW::new(&trainable, plan.weight_decay);
-    let mut state = State { plan: Some(plan.clone()), data: data_hash.into(), ..State::default() };
+    let mut state = State {
+        plan: Some(plan.clone()),
+        data: data_hash.into(),
+        ..State::default()
+    };
     if let Some(dir) = checkpoint_dir {
         if let Some(found) = checkpoint::load(dir, plan, data_hash, &mut trainee, &mut adam)? {
             state = found;
@@ -187,7 +212,11 @@ pub fn fit(
     let mut lower_held = LowerCache::new(first, held_out.len(), plan.cache_bytes / 4);
     let mut grads = Grads::new(trainable.iter().copied());
     let mut tape = Tape::default();
-    let schedule = Schedule { peak: plan.lr, warmup_steps: plan.warmup_steps, floor: 0.05 };
+    let schedule = Schedule {
+        peak: plan.lr,
+        warmup_steps: plan.warmup_steps,
+        floor: 0.05,
+    };
     let started = Instant::now();
     let before = state.seconds;
     let mut last_checkpoint = Instant::now();
@@ -200,9 +229,13 @@ pub fn fit(
         while state.batch < batches.len() {
             let done = state.tokens as f64 / plan.tokens as f64;
             // Evaluations stand at fixed shares of the tokens, the first before any step.
-            while plan.evaluations > 0 && !held_out.is_empty() && done >= state.next_evaluation as f64 / plan.evaluations as f64 {
+            while plan.evaluations > 0
+                && !held_out.is_empty()
+                && done >= state.next_evaluation as f64 / plan.evaluations as f64
+            {
                 state.next_evaluation += 1;
-                let (loss, exact) = held_out_loss(pool, &trainee, held_out, first, &mut lower_held)?;
+                let (loss, exact) =
+                    held_out_loss(pool, &trainee, held_out, first, &mut lower_held)?;
                 let lr = schedule.lr(state.step, done);
                 push_point(&mut state, lr, Some((loss, exact)));
                 if state.best.is_none_or(|best| loss < best) {
@@ -223,12 +256,16 @@ pub fn fit(
             let lr = schedule.lr(state.step, done);
             let trim = (done >= plan.trim_after).then_some(plan.trim_below);
             grads.zero();
-            let outcome = step_gradients(pool, &trainee, train, batch, first, &mut lower, trim, &mut tape, &mut grads)?;
+            let outcome = step_gradients(
+                pool, &trainee, train, batch, first, &mut lower, trim, &mut tape, &mut grads,
+            )?;
             if outcome.weight > 0.0 {
                 if !outcome.loss.is_finite() {
                     return Err(TrainError::Diverged { step: state.step });
                 }
-                adam.step(pool, lr, plan.clip, &grads, |id, change| trainee.with(id, change))?;
+                adam.step(pool, lr, plan.clip, &grads, |id, change| {
+                    trainee.with(id, change)
+                })?;
             }
             state.since.loss += outcome.loss;
             state.since.weight += outcome.weight;
@@ -281,7 +318,13 @@ pub fn fit(
     let lr = schedule.lr(state.step, 1.0);
     let last = match held_out.is_empty() {
         true => None,
-        false => Some(held_out_loss(pool, &trainee, held_out, first, &mut lower_held)?),
+        false => Some(held_out_loss(
+            pool,
+            &trainee,
+            held_out,
+            first,
+            &mut lower_held,
+        )?),
     };
     push_point(&mut state, lr, last);
     Ok(Trained {
@@ -296,9 +339,22 @@ pub fn fit(
 }
 
 /// Mean loss per target token, in nats, and the share of samples whose every target token is the most likely one.
-pub fn evaluate_loss(pool: &Pool, model: &Model, samples: &[Sample]) -> Result<(f64, f64), TrainError> {
-    let trainee = Trainee { model: model.clone(), lora: None };
-    held_out_loss(pool, &trainee, samples, 0, &mut LowerCache::new(0, samples.len(), 0))
+pub fn evaluate_loss(
+    pool: &Pool,
+    model: &Model,
+    samples: &[Sample],
+) -> Result<(f64, f64), TrainError> {
+    let trainee = Trainee {
+        model: model.clone(),
+        lora: None,
+    };
+    held_out_loss(
+        pool,
+        &trainee,
+        samples,
+        0,
+        &mut LowerCache::new(0, samples.len(), 0),
+    )
 }
 
 struct StepOutcome {
@@ -322,9 +378,21 @@ fn step_gradients(
 ) -> Result<StepOutcome, TrainError> {
     let model = &trainee.model;
     let lora = trainee.lora.as_ref();
-    let rows = PackedRows::new(&batch.iter().map(|&i| samples[i].ids.len()).collect::<Vec<_>>());
+    let rows = PackedRows::new(
+        &batch
+            .iter()
+            .map(|&i| samples[i].ids.len())
+            .collect::<Vec<_>>(),
+    );
     let mut x = lower.outputs(pool, model, samples, batch)?;
-    model.blocks(pool, (first, model.config.num_hidden_layers), &rows, lora, &mut x, Some(tape));
+    model.blocks(
+        pool,
+        (first, model.config.num_hidden_layers),
+        &rows,
+        lora,
+        &mut x,
+        Some(tape),
+    );
     let (at, labels, mut weights, owner) = targets(samples, batch, &rows);
     let mut trimmed = 0;
     if let Some(below) = trim {
@@ -344,21 +412,44 @@ fn step_gradients(
     let weight: f32 = weights.iter().sum();
     let tokens = rows.len() as u64;
     if weight <= 0.0 {
-        return Ok(StepOutcome { loss: 0.0, weight: 0.0, tokens, trimmed });
+        return Ok(StepOutcome {
+            loss: 0.0,
+            weight: 0.0,
+            tokens,
+            trimmed,
+        });
     }
     let mut dx = vec![0.0; x.len()];
-    let loss = model.head_loss(pool, &x, (&at, &labels, &weights), Some((1.0 / weight, &mut dx, grads)));
+    let loss = model.head_loss(
+        pool,
+        &x,
+        (&at, &labels, &weights),
+        Some((1.0 / weight, &mut dx, grads)),
+    );
     model.blocks_backward(pool, &rows, lora, tape, &mut dx, grads);
     if grads.map.contains_key(&TrainId::Full(ParamId::Embed)) {
-        let ids: Vec<u32> = batch.iter().flat_map(|&i| samples[i].ids.iter().copied()).collect();
+        let ids: Vec<u32> = batch
+            .iter()
+            .flat_map(|&i| samples[i].ids.iter().copied())
+            .collect();
         model.embed_backward(&ids, &dx, grads);
     }
-    Ok(StepOutcome { loss: loss.loss, weight: loss.weight, tokens, trimmed })
+    Ok(StepOutcome {
+        loss: loss.loss,
+        weight: loss.weight,
+        tokens,
+        trimmed,
+    })
 }
 
 /// Rows that predict a target, with label, weight and the batch entry they belong to.
-fn targets(samples: &[Sample], batch: &[usize], rows: &PackedRows) -> (Vec<usize>, Vec<u32>, Vec<f32>, Vec<usize>) {
-    let (mut at, mut labels, mut weights, mut owner) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+fn targets(
+    samples: &[Sample],
+    batch: &[usize],
+    rows: &PackedRows,
+) -> (Vec<usize>, Vec<u32>, Vec<f32>, Vec<usize>) {
+    let (mut at, mut labels, mut weights, mut owner) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (entry, (&i, &(row, _))) in batch.iter().zip(&rows.spans).enumerate() {
         let sample = &samples[i];
         for position in sample.target_start..sample.ids.len() {
@@ -379,12 +470,26 @@ fn held_out_loss(
     lower: &mut LowerCache,
 ) -> Result<(f64, f64), TrainError> {
     let model = &trainee.model;
-    let all: Vec<usize> = (0..samples.len()).filter(|&i| samples[i].targets() > 0 && samples[i].target_start > 0).collect();
+    let all: Vec<usize> = (0..samples.len())
+        .filter(|&i| samples[i].targets() > 0 && samples[i].target_start > 0)
+        .collect();
     let (mut loss, mut weight, mut exact) = (0.0, 0.0, 0usize);
     for batch in pack(&all, samples, 640) {
-        let rows = PackedRows::new(&batch.iter().map(|&i| samples[i].ids.len()).collect::<Vec<_>>());
+        let rows = PackedRows::new(
+            &batch
+                .iter()
+                .map(|&i| samples[i].ids.len())
+                .collect::<Vec<_>>(),
+        );
         let mut x = lower.outputs(pool, model, samples, &batch)?;
-        model.blocks(pool, (first, model.config.num_hidden_layers), &rows, trainee.lora.as_ref(), &mut x, None);
+        model.blocks(
+            pool,
+            (first, model.config.num_hidden_layers),
+            &rows,
+            trainee.lora.as_ref(),
+            &mut x,
+            None,
+        );
         let (at, labels, weights, owner) = targets(samples, &batch, &rows);
         let seen = model.head_loss(pool, &x, (&at, &labels, &weights), None);
         loss += seen.loss;
@@ -395,16 +500,27 @@ fn held_out_loss(
         }
         exact += right.iter().filter(|r| **r).count();
     }
-    Ok((loss / weight.max(1e-9), exact as f64 / all.len().max(1) as f64))
+    Ok((
+        loss / weight.max(1e-9),
+        exact as f64 / all.len().max(1) as f64,
+    ))
 }
 
 fn push_point(state: &mut State, lr: f64, held_out: Option<(f64, f64)>) {
     let since = std::mem::take(&mut state.since);
-    let loss = if since.weight > 0.0 { since.loss / since.weight } else { state.curve.last().map_or(0.0, |p| p.loss) };
+    let loss = if since.weight > 0.0 {
+        since.loss / since.weight
+    } else {
+        state.curve.last().map_or(0.0, |p| p.loss)
+    };
     state.curve.push(CurvePoint {
         step: state.step,
         tokens: state.tokens,
-        loss: if state.step == 0 { held_out.map_or(0.0, |h| h.0) } else { loss },
+        loss: if state.step == 0 {
+            held_out.map_or(0.0, |h| h.0)
+        } else {
+            loss
+        },
         held_out_loss: held_out.map(|h| h.0),
         held_out_exact: held_out.map(|h| h.1),
         lr,
@@ -463,30 +579,61 @@ struct LowerCache {
 
 impl LowerCache {
     fn new(first: usize, samples: usize, bytes: usize) -> Self {
-        Self { first, kept: vec![None; samples], room: bytes }
+        Self {
+            first,
+            kept: vec![None; samples],
+            room: bytes,
+        }
     }
 
-    fn outputs(&mut self, pool: &Pool, model: &Model, samples: &[Sample], batch: &[usize]) -> Result<Vec<f32>, TrainError> {
+    fn outputs(
+        &mut self,
+        pool: &Pool,
+        model: &Model,
+        samples: &[Sample],
+        batch: &[usize],
+    ) -> Result<Vec<f32>, TrainError> {
         if self.first == 0 {
-            let ids: Vec<u32> = batch.iter().flat_map(|&i| samples[i].ids.iter().copied()).collect();
+            let ids: Vec<u32> = batch
+                .iter()
+                .flat_map(|&i| samples[i].ids.iter().copied())
+                .collect();
             return Ok(model.embed(&ids)?);
         }
         let d = model.config.hidden_size;
-        let missing: Vec<usize> = batch.iter().copied().filter(|&i| self.kept[i].is_none()).collect();
+        let missing: Vec<usize> = batch
+            .iter()
+            .copied()
+            .filter(|&i| self.kept[i].is_none())
+            .collect();
         let mut fresh = std::collections::BTreeMap::new();
         if !missing.is_empty() {
-            let rows = PackedRows::new(&missing.iter().map(|&i| samples[i].ids.len()).collect::<Vec<_>>());
-            let ids: Vec<u32> = missing.iter().flat_map(|&i| samples[i].ids.iter().copied()).collect();
+            let rows = PackedRows::new(
+                &missing
+                    .iter()
+                    .map(|&i| samples[i].ids.len())
+                    .collect::<Vec<_>>(),
+            );
+            let ids: Vec<u32> = missing
+                .iter()
+                .flat_map(|&i| samples[i].ids.iter().copied())
+                .collect();
             let mut x = model.embed(&ids)?;
             model.blocks(pool, (0, self.first), &rows, None, &mut x, None);
             for (&i, &(row, len)) in missing.iter().zip(&rows.spans) {
-                let rounded: Vec<bf16> = x[row * d..(row + len) * d].iter().map(|x| bf16::from_f32(*x)).collect();
+                let rounded: Vec<bf16> = x[row * d..(row + len) * d]
+                    .iter()
+                    .map(|x| bf16::from_f32(*x))
+                    .collect();
                 fresh.insert(i, rounded);
             }
         }
         let mut out = Vec::with_capacity(batch.iter().map(|&i| samples[i].ids.len() * d).sum());
         for &i in batch {
-            let rounded = self.kept[i].as_ref().or_else(|| fresh.get(&i)).expect("kept or just computed");
+            let rounded = self.kept[i]
+                .as_ref()
+                .or_else(|| fresh.get(&i))
+                .expect("kept or just computed");
             out.extend(rounded.iter().map(|x| x.to_f32()));
         }
         for (i, rounded) in fresh {

@@ -24,8 +24,15 @@ const PIECE: usize = 1 << 16;
 impl AdamW {
     /// Zero moments for these tensors.
     pub fn new(sizes: &[(TrainId, usize)], weight_decay: f64) -> Self {
-        let moments = sizes.iter().map(|&(id, n)| (id, (vec![0.0; n], vec![0.0; n]))).collect();
-        Self { weight_decay, steps: 0, moments }
+        let moments = sizes
+            .iter()
+            .map(|&(id, n)| (id, (vec![0.0; n], vec![0.0; n])))
+            .collect();
+        Self {
+            weight_decay,
+            steps: 0,
+            moments,
+        }
     }
 
     /// Moves every tensor one step against its gradient, after scaling the gradients so that their norm together is at most `clip`.
@@ -56,7 +63,11 @@ impl AdamW {
                 return Err(TrainError::NoGradient(id.name()));
             }
         }
-        let scale = if clip > 0.0 && norm > clip { (clip / norm) as f32 } else { 1.0 };
+        let scale = if clip > 0.0 && norm > clip {
+            (clip / norm) as f32
+        } else {
+            1.0
+        };
         // Bias correction divides by 1 - beta^step, so the first step must be 1, not 0.
         let c1 = 1.0 - BETA1.powi(self.steps.min(1 << 20) as i32);
         let c2 = 1.0 - BETA2.powi(self.steps.min(1 << 20) as i32);
@@ -64,7 +75,10 @@ impl AdamW {
         let root_c2 = (c2.sqrt()) as f32;
         let decay = 1.0 - (lr * self.weight_decay) as f32;
         for (id, grad) in &grads.map {
-            let (m, v) = self.moments.get_mut(id).expect("every trained tensor has moments");
+            let (m, v) = self
+                .moments
+                .get_mut(id)
+                .expect("every trained tensor has moments");
             with(*id, &mut |w| {
                 assert_eq!(w.len(), grad.len(), "{}", id.name());
                 let n = grad.len();
@@ -73,8 +87,10 @@ impl AdamW {
                     let from = part * PIECE;
                     let len = PIECE.min(n - from);
                     // SAFETY: pieces do not overlap.
-                    let (w, m, v) = unsafe { (w.slice(from, len), m.slice(from, len), v.slice(from, len)) };
-                    for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(&grad[from..from + len]) {
+                    let (w, m, v) =
+                        unsafe { (w.slice(from, len), m.slice(from, len), v.slice(from, len)) };
+                    for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(&grad[from..from + len])
+                    {
                         let g = g * scale;
                         *m = BETA1 as f32 * *m + (1.0 - BETA1) as f32 * g;
                         *v = BETA2 as f32 * *v + (1.0 - BETA2) as f32 * g * g;
@@ -110,7 +126,11 @@ pub struct Schedule {
 impl Schedule {
     /// Learning rate of a step (from 0), with `done` the share of tokens read before it.
     pub fn lr(&self, step: u64, done: f64) -> f64 {
-        let warm = if self.warmup_steps == 0 { 1.0 } else { ((step + 1) as f64 / self.warmup_steps as f64).min(1.0) };
+        let warm = if self.warmup_steps == 0 {
+            1.0
+        } else {
+            ((step + 1) as f64 / self.warmup_steps as f64).min(1.0)
+        };
         let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done.clamp(0.0, 1.0)).cos());
         self.peak * warm * (self.floor + (1.0 - self.floor) * cosine)
     }
@@ -130,15 +150,26 @@ mod tests {
         let (mut m, mut v, mut want) = ([0f64; 2], [0f64; 2], [1.0f64, -2.0]);
         for step in 1..=5 {
             let g = [0.3 * step as f32, -0.1];
-            let grads = Grads { map: [(id, g.to_vec())].into_iter().collect() };
-            adam.step(&pool, 1e-2, 0.0, &grads, |_, change| change(&mut w)).unwrap();
+            let grads = Grads {
+                map: [(id, g.to_vec())].into_iter().collect(),
+            };
+            adam.step(&pool, 1e-2, 0.0, &grads, |_, change| change(&mut w))
+                .unwrap();
             for i in 0..2 {
                 let g = g[i] as f64;
                 m[i] = 0.9 * m[i] + 0.1 * g;
                 v[i] = 0.95 * v[i] + 0.05 * g * g;
-                let (mh, vh) = (m[i] / (1.0 - 0.9f64.powi(step)), v[i] / (1.0 - 0.95f64.powi(step)));
+                let (mh, vh) = (
+                    m[i] / (1.0 - 0.9f64.powi(step)),
+                    v[i] / (1.0 - 0.95f64.powi(step)),
+                );
                 want[i] = want[i] * (1.0 - 1e-2 * 0.1) - 1e-2 * mh / (vh.sqrt() + 1e-8);
-                assert!((w[i] as f64 - want[i]).abs() < 1e-5, "step {step}: {} {}", w[i], want[i]);
+                assert!(
+                    (w[i] as f64 - want[i]).abs() < 1e-5,
+                    "step {step}: {} {}",
+                    w[i],
+                    want[i]
+                );
             }
         }
     }

@@ -75,18 +75,32 @@ impl TrainPlan {
     ///
     /// # Errors
     /// [`TrainError::Plan`] for an unknown method.
-    pub fn from_knobs(config: &Config, dataset_tokens: usize, knobs: &RecipeKnobs) -> Result<Self, TrainError> {
+    pub fn from_knobs(
+        config: &Config,
+        dataset_tokens: usize,
+        knobs: &RecipeKnobs,
+    ) -> Result<Self, TrainError> {
         let mut plan = Self::default();
         let layers = config.num_hidden_layers;
-        let upper = knobs.upper_layers.unwrap_or(layers.div_ceil(2)).clamp(1, layers);
+        let upper = knobs
+            .upper_layers
+            .unwrap_or(layers.div_ceil(2))
+            .clamp(1, layers);
         plan.method = match knobs.method.as_deref() {
             None | Some("upper") => Method::Upper { layers: upper },
             Some("lora") => {
                 let rank = knobs.rank.unwrap_or(16).clamp(1, 256);
-                Method::Lora { rank, alpha: knobs.alpha.unwrap_or(2.0 * rank as f64).clamp(0.1, 1024.0) }
+                Method::Lora {
+                    rank,
+                    alpha: knobs.alpha.unwrap_or(2.0 * rank as f64).clamp(0.1, 1024.0),
+                }
             }
             Some("full") => Method::Full,
-            Some(other) => return Err(TrainError::Plan(format!("method {other:?} is none of upper, lora, full"))),
+            Some(other) => {
+                return Err(TrainError::Plan(format!(
+                    "method {other:?} is none of upper, lora, full"
+                )))
+            }
         };
         let default_lr = match plan.method {
             Method::Upper { .. } => 3e-4,
@@ -101,7 +115,10 @@ impl TrainPlan {
         }
         .clamp(1, 1_000_000_000);
         plan.max_seconds = knobs.max_seconds.unwrap_or(0.0).max(0.0);
-        plan.batch_tokens = knobs.batch_tokens.unwrap_or(plan.batch_tokens).clamp(16, 1 << 16);
+        plan.batch_tokens = knobs
+            .batch_tokens
+            .unwrap_or(plan.batch_tokens)
+            .clamp(16, 1 << 16);
         plan.warmup_steps = knobs.warmup_steps.map_or(plan.warmup_steps, |n| n as u64);
         plan.weight_decay = knobs.weight_decay.unwrap_or(0.0).clamp(0.0, 1.0);
         plan.trim_after = knobs.trim_after.unwrap_or(1.0).clamp(0.0, 1.0);
@@ -114,7 +131,9 @@ impl TrainPlan {
     /// First block that trains; the blocks below it are frozen.
     pub fn first_block(&self, config: &Config) -> usize {
         match self.method {
-            Method::Upper { layers } => config.num_hidden_layers - layers.min(config.num_hidden_layers),
+            Method::Upper { layers } => {
+                config.num_hidden_layers - layers.min(config.num_hidden_layers)
+            }
             Method::Lora { .. } | Method::Full => 0,
         }
     }
@@ -124,7 +143,10 @@ impl TrainPlan {
         let size = |id: ParamId| id.shape(config).iter().product::<usize>();
         let first = self.first_block(config) as u16;
         match self.method {
-            Method::Full => ParamId::all(config).into_iter().map(|id| (TrainId::Full(id), size(id))).collect(),
+            Method::Full => ParamId::all(config)
+                .into_iter()
+                .map(|id| (TrainId::Full(id), size(id)))
+                .collect(),
             Method::Upper { .. } => ParamId::all(config)
                 .into_iter()
                 .filter(|id| match id {
@@ -138,7 +160,10 @@ impl TrainPlan {
                 .flat_map(|layer| LINEARS.iter().map(move |p| (layer, *p)))
                 .flat_map(|(layer, p): (u16, LayerParam)| {
                     let shape = p.shape(config);
-                    [(TrainId::LoraA(layer, p), rank * shape[1]), (TrainId::LoraB(layer, p), shape[0] * rank)]
+                    [
+                        (TrainId::LoraA(layer, p), rank * shape[1]),
+                        (TrainId::LoraB(layer, p), shape[0] * rank),
+                    ]
                 })
                 .collect(),
         }

@@ -1,0 +1,426 @@
+//! Recording: an episode begins, messages come, it ends. Nothing here waits for the disk but the end.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::{now_ms, random_bits, EpisodeHandle, EpisodeStart, Error, Locum, StepMeta};
+use crate::episode::{
+    Actor, Content, DecisionRecord, Episode, EpisodeId, Outcome, Provenance, Source, Step, Task,
+    TokenIds, Usage, SCHEMA,
+};
+use crate::formats::{attach, piece_from_message, Piece};
+use crate::generate::Ticket;
+use crate::limits;
+use crate::policy::{HookFailed, RedactInfo};
+use crate::store::{Record, StoreError};
+
+/// How long the end of an episode may wait for the disk.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Who plays a whole episode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Plays {
+    Teacher,
+    /// The candidate of this version, in its canary.
+    Candidate(u64),
+    /// The promoted student of this version.
+    Current(u64),
+}
+
+/// What is kept of an episode that has not ended.
+pub(super) struct Open {
+    pub task: Task,
+    pub steps: Vec<Step>,
+    pub bytes: usize,
+    /// Settled at the first decision and kept to the end.
+    pub plays: Option<Plays>,
+    /// Steps that somebody else than `plays` had to take over.
+    pub deferred: u32,
+    pub invalid_calls: u32,
+    /// The last answer of a student, to be joined with the step the host records for it.
+    pub answer: Option<LastAnswer>,
+    pub decision: Option<DecisionRecord>,
+    /// What a candidate in shadow would say to the step the teacher is about to play.
+    pub shadow: Option<Shadow>,
+}
+
+pub(super) struct LastAnswer {
+    pub student: String,
+    pub tokens: TokenIds,
+    pub digest: String,
+}
+
+pub(super) struct Shadow {
+    pub version: u64,
+    pub ticket: Ticket,
+    pub format: std::sync::Arc<crate::calls::CallFormat>,
+}
+
+impl Locum {
+    /// Begins an episode.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] for a name that is too long, [`Error::Store`] if the queue is full or the disk refuses.
+    pub fn begin(&self, start: EpisodeStart) -> Result<EpisodeHandle, Error> {
+        self.inner.check_open()?;
+        for name in [&start.task.id, &start.task.domain, &start.agent.name] {
+            if name.len() > limits::MAX_NAME_BYTES {
+                return Err(Error::Limit {
+                    what: "bytes of a name",
+                    found: name.len(),
+                    limit: limits::MAX_NAME_BYTES,
+                });
+            }
+        }
+        let now = now_ms();
+        let id = EpisodeId::new(now, random_bits());
+        let episode = Episode {
+            schema: SCHEMA.into(),
+            episode_id: id,
+            session_id: start.session_id,
+            task: start.task,
+            agent: start.agent,
+            tools: start.tools,
+            started_at_ms: now,
+            provenance: Provenance {
+                source_format: "live".into(),
+                ..Provenance::default()
+            },
+            extra: start.extra,
+            ..Episode::default()
+        };
+        let open = Open {
+            task: episode.task.clone(),
+            steps: Vec::new(),
+            bytes: 0,
+            plays: None,
+            deferred: 0,
+            invalid_calls: 0,
+            answer: None,
+            decision: None,
+            shadow: None,
+        };
+        self.put(Record::Begin(Box::new(episode)))?;
+        self.inner
+            .episodes
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .insert(id, open);
+        Ok(EpisodeHandle(id))
+    }
+
+    /// Records one OpenAI chat message of the episode. Copies; does not wait for the disk.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a message that is none, [`Error::Limit`], [`Error::NotFound`] for an episode that has ended, and
+    /// [`Error::Store`] if the queue is full; the episode is then marked incomplete and will not train.
+    pub fn message(
+        &self,
+        episode: &EpisodeHandle,
+        message: &Value,
+        meta: StepMeta,
+    ) -> Result<(), Error> {
+        self.inner.check_open()?;
+        let id = episode.0;
+        let policy = self.inner.loaded().policy.clone();
+        let mut piece = piece_from_message(message).map_err(Error::Argument)?;
+        let mut redacted = Vec::new();
+        let failed = redact(&mut piece, &mut |info| {
+            let before = info.content.clone();
+            let after = policy.redact(&info)?;
+            if after.as_deref() != Some(before.as_str()) {
+                redacted.push(info.role);
+            }
+            Ok(after)
+        });
+        if let Err(why) = failed {
+            self.put(Record::Incomplete {
+                episode: id,
+                reason: format!("a step was not recorded: {why}"),
+            })?;
+            return Ok(());
+        }
+        let bytes = size(&piece);
+        if bytes > limits::MAX_STEP_BYTES {
+            let _ = self.put(Record::Incomplete {
+                episode: id,
+                reason: "a step was larger than the limit".into(),
+            });
+            return Err(Error::Limit {
+                what: "bytes of a step",
+                found: bytes,
+                limit: limits::MAX_STEP_BYTES,
+            });
+        }
+        let mut episodes = self
+            .inner
+            .episodes
+            .lock()
+            .unwrap_or_else(|e| e.into_inner());
+        let open = episodes.get_mut(&id).ok_or_else(|| Error::NotFound {
+            what: format!("open episode {id}"),
+        })?;
+        if open.bytes + bytes > limits::MAX_EPISODE_BYTES {
+            let found = open.bytes + bytes;
+            drop(episodes);
+            let _ = self.put(Record::Incomplete {
+                episode: id,
+                reason: "the episode grew beyond the limit".into(),
+            });
+            return Err(Error::Limit {
+                what: "bytes of an episode",
+                found,
+                limit: limits::MAX_EPISODE_BYTES,
+            });
+        }
+        open.bytes += bytes;
+        let mut shadow = None;
+        let records = match piece {
+            Piece::Step(mut step) => {
+                step.index = open.steps.len() as u32 + 1;
+                step.started_at_ms = Some(meta.unix_ms.unwrap_or_else(now_ms));
+                if step.source == Source::Agent {
+                    step.actor = meta.actor;
+                    step.model = meta.model.clone();
+                    if meta.cost_usd.is_some() || meta.latency_ms.is_some() {
+                        step.usage = Some(Usage {
+                            cost_usd: meta.cost_usd,
+                            latency_ms: meta.latency_ms,
+                            ..Usage::default()
+                        });
+                    }
+                    step.decision = open.decision.take();
+                    if let Some(answer) =
+                        open.answer.take().filter(|_| meta.actor == Actor::Student)
+                    {
+                        step.weights_id = Some(answer.student);
+                        step.token_ids = Some(answer.tokens);
+                        step.prompt_digest = Some(answer.digest);
+                    }
+                    if let Some(decision) = step.decision.as_mut() {
+                        decision.deferred |=
+                            decision.served == Actor::Student && meta.actor == Actor::Teacher;
+                        decision.served = meta.actor;
+                        open.deferred += decision.deferred as u32;
+                    }
+                    shadow = open
+                        .shadow
+                        .take()
+                        .map(|s| (s, step.index, step.tool_calls.clone()));
+                } else {
+                    step.actor = match step.source {
+                        Source::System => Actor::Script,
+                        _ => Actor::Human,
+                    };
+                }
+                open.steps.push(step.clone());
+                vec![Record::Step {
+                    episode: id,
+                    step: Box::new(step),
+                }]
+            }
+            Piece::Observation(mut observation) => {
+                observation.is_error |= meta.is_error;
+                let before = open.steps.len();
+                let step = attach(&mut open.steps, observation.clone());
+                // A result without any step before it stands on an empty step made for it.
+                let mut records = Vec::new();
+                if open.steps.len() > before {
+                    let mut made = open.steps[before].clone();
+                    made.observations.clear();
+                    records.push(Record::Step {
+                        episode: id,
+                        step: Box::new(made),
+                    });
+                }
+                records.push(Record::Observation {
+                    episode: id,
+                    step,
+                    observation,
+                });
+                records
+            }
+        };
+        drop(episodes);
+        for record in records {
+            if let Err(error) = self.put(record) {
+                let _ = self.put(Record::Incomplete {
+                    episode: id,
+                    reason: format!("a step was lost: {error}"),
+                });
+                return Err(error);
+            }
+        }
+        if let Some((shadow, step, calls)) = shadow {
+            self.inner.watch_shadow(id, step, calls, shadow);
+        }
+        Ok(())
+    }
+
+    /// Ends an episode; durable when it returns.
+    pub fn end(&self, episode: &EpisodeHandle, outcome: Outcome) -> Result<(), Error> {
+        self.inner.check_open()?;
+        let id = episode.0;
+        let open = self
+            .inner
+            .episodes
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .remove(&id);
+        let open = open.ok_or_else(|| Error::NotFound {
+            what: format!("open episode {id}"),
+        })?;
+        let status = outcome.status;
+        let honest = outcome.integrity.ok;
+        self.put(Record::Outcome {
+            episode: id,
+            outcome: Box::new(outcome),
+            close: true,
+        })?;
+        self.inner.store.flush(END_TIMEOUT)?;
+        self.inner.account(id, &open, status, honest);
+        self.inner.nudge();
+        Ok(())
+    }
+
+    /// An outcome for an episode that has ended already; the newest counts.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such episode.
+    pub fn outcome_later(&self, id: EpisodeId, outcome: Outcome) -> Result<(), Error> {
+        self.inner.check_open()?;
+        if !self.inner.store.has(id)? {
+            return Err(Error::NotFound {
+                what: format!("episode {id}"),
+            });
+        }
+        let (status, honest) = (outcome.status, outcome.integrity.ok);
+        self.put(Record::Outcome {
+            episode: id,
+            outcome: Box::new(outcome),
+            close: false,
+        })?;
+        self.inner.store.flush(END_TIMEOUT)?;
+        self.inner.account_later(id, status, honest);
+        self.inner.nudge();
+        Ok(())
+    }
+
+    /// Forgets an episode, also on disk.
+    pub fn drop_episode(&self, episode: &EpisodeHandle) -> Result<(), Error> {
+        self.inner.check_open()?;
+        self.inner
+            .episodes
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .remove(&episode.0);
+        self.put(Record::Drop { episode: episode.0 })
+    }
+
+    fn put(&self, record: Record) -> Result<(), Error> {
+        self.inner.put(record)
+    }
+}
+
+impl super::Inner {
+    pub(super) fn put(&self, record: Record) -> Result<(), Error> {
+        match self.store.record(record) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                if matches!(error, StoreError::Busy { .. }) {
+                    self.busy.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                }
+                Err(error.into())
+            }
+        }
+    }
+}
+
+/// Sends every text of a piece through the hook. Text that the hook drops becomes empty.
+fn redact(
+    piece: &mut Piece,
+    hook: &mut dyn FnMut(RedactInfo) -> Result<Option<String>, HookFailed>,
+) -> Result<(), HookFailed> {
+    let mut content = |content: &mut Option<Content>, role: &str| -> Result<(), HookFailed> {
+        match content {
+            None => {}
+            Some(Content::Text(text)) => {
+                let info = RedactInfo {
+                    role: role.into(),
+                    tool: None,
+                    content: std::mem::take(text),
+                };
+                *text = hook(info)?.unwrap_or_default();
+            }
+            Some(Content::Parts(parts)) => {
+                for part in parts {
+                    if let Some(text) = part.get("text").and_then(Value::as_str) {
+                        let info = RedactInfo {
+                            role: role.into(),
+                            tool: None,
+                            content: text.into(),
+                        };
+                        part["text"] = hook(info)?.unwrap_or_default().into();
+                    }
+                }
+            }
+        }
+        Ok(())
+    };
+    match piece {
+        Piece::Step(step) => {
+            let role = match step.source {
+                Source::System => "system",
+                Source::User => "user",
+                Source::Agent => "assistant",
+            };
+            content(&mut step.message, role)?;
+            if let Some(reasoning) = step.reasoning.as_mut() {
+                let info = RedactInfo {
+                    role: role.into(),
+                    tool: None,
+                    content: std::mem::take(reasoning),
+                };
+                *reasoning = hook(info)?.unwrap_or_default();
+            }
+            for call in &mut step.tool_calls {
+                let before = call
+                    .arguments_raw
+                    .clone()
+                    .unwrap_or_else(|| call.arguments.to_string());
+                let info = RedactInfo {
+                    role: "arguments".into(),
+                    tool: Some(call.name.clone()),
+                    content: before.clone(),
+                };
+                let after = hook(info)?.unwrap_or_else(|| "{}".into());
+                if after != before {
+                    call.arguments = serde_json::from_str(&after).unwrap_or(Value::Null);
+                    call.arguments_raw = call.arguments.is_null().then_some(after);
+                }
+            }
+        }
+        Piece::Observation(observation) => content(&mut observation.content, "tool")?,
+    }
+    Ok(())
+}
+
+fn size(piece: &Piece) -> usize {
+    let content = |c: &Option<Content>| match c {
+        None => 0,
+        Some(Content::Text(text)) => text.len(),
+        Some(Content::Parts(parts)) => parts.iter().map(|p| p.to_string().len()).sum(),
+    };
+    match piece {
+        Piece::Step(step) => {
+            let calls: usize = step
+                .tool_calls
+                .iter()
+                .map(|c| c.name.len() + c.arguments.to_string().len())
+                .sum();
+            content(&step.message) + calls + step.reasoning.as_ref().map_or(0, String::len)
+        }
+        Piece::Observation(observation) => content(&observation.content),
+    }
+}

@@ -1,0 +1,697 @@
+//! Who is in service and who is on trial: shadow, canary, promotion, rollback. The evidence is stored, so a restart continues it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::record::{Open, Plays, Shadow};
+use super::{now_ms, unit_hash, Error, EventKind, Inner, JobState, Locum, Pin};
+use crate::calls::same_calls;
+use crate::episode::{Actor, Counterfactual, EpisodeId, Status, ToolCall};
+use crate::gate::{
+    self, Arm, CanaryTest, GateDecision, LiveOutcome, RollbackTest, ShadowReport, Verdict,
+};
+use crate::generate::Student;
+use crate::policy::{GateInfo, GateSettings, LiveInfo};
+use crate::store::{JsonTable, Record};
+
+/// Students in memory.
+#[derive(Default)]
+pub(super) struct Serving {
+    pub pin: Pin,
+    pub pinned: Option<Arc<Student>>,
+    pub current: Option<Arc<Student>>,
+    /// Why the current student of the registry is not in memory.
+    pub trouble: Option<String>,
+    pub trial: Option<Trial>,
+    pub watch: Option<Watch>,
+    /// Arms of ended episodes whose outcome is not known yet.
+    pub waiting: HashMap<EpisodeId, (Plays, String, String, u32)>,
+    pub shadows: Vec<Watched>,
+}
+
+/// A candidate on live episodes.
+pub(super) struct Trial {
+    pub record: TrialRecord,
+    pub student: Arc<Student>,
+    pub canary: CanaryTest,
+}
+
+/// What is stored of a trial.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct TrialRecord {
+    pub job: u64,
+    pub version: u64,
+    /// `shadow`, `canary`, `promoted`, `held`, `rolled_back`.
+    pub stage: String,
+    pub offline: Option<Verdict>,
+    pub shadow: Option<ShadowReport>,
+    pub shadow_verdict: Option<Verdict>,
+    pub outcomes: Vec<LiveOutcome>,
+    pub canary_verdict: Option<Verdict>,
+    /// Success of the teacher in the canary, which a promoted student must keep up with.
+    pub teacher_success: f64,
+    /// Outcomes of episodes the promoted student played: (success, time).
+    pub live: Vec<(bool, u64)>,
+    pub ended_at_ms: Option<u64>,
+    pub settings: Option<GateSettings>,
+}
+
+/// The promoted student under observation.
+pub(super) struct Watch {
+    pub record: TrialRecord,
+    pub test: RollbackTest,
+    pub deferrals: u64,
+    pub steps: u64,
+}
+
+/// A shadow reply on its way.
+pub(super) struct Watched {
+    pub episode: EpisodeId,
+    pub step: u32,
+    pub calls: Vec<ToolCall>,
+    pub shadow: Shadow,
+    pub since: Instant,
+}
+
+/// Longest a shadow reply is waited for.
+const SHADOW_PATIENCE: Duration = Duration::from_secs(60);
+
+impl Inner {
+    /// Takes up what the registry and the store say: current student, trial, watch.
+    pub(super) fn restore(&self) -> Result<(), Error> {
+        let Some(base) = &self.base else {
+            return Ok(());
+        };
+        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let settings = self.loaded().settings.gate.clone();
+        let records: Vec<TrialRecord> = self
+            .store
+            .list_json(JsonTable::Trial)?
+            .into_iter()
+            .filter_map(|(_, value)| serde_json::from_value(value).ok())
+            .collect();
+        if let Some(version) = self.registry.current()? {
+            match self.load_student(version) {
+                Ok(student) => serving.current = Some(student),
+                Err(error) => {
+                    serving.trouble = Some(format!("student {version} is not in service: {error}"))
+                }
+            }
+            if let Some(record) = records
+                .iter()
+                .find(|r| r.version == version && r.stage == "promoted")
+            {
+                let mut test =
+                    RollbackTest::new(record.teacher_success, settings.margin, settings.alpha);
+                record.live.iter().for_each(|(success, _)| {
+                    test.push(*success);
+                });
+                serving.watch = Some(Watch {
+                    record: record.clone(),
+                    test,
+                    deferrals: 0,
+                    steps: 0,
+                });
+            }
+        }
+        if let Some(record) = records
+            .into_iter()
+            .rev()
+            .find(|r| r.stage == "shadow" || r.stage == "canary")
+        {
+            match self.load_student(record.version) {
+                Ok(student) => {
+                    let canary = CanaryTest::rebuild(
+                        record.settings.as_ref().unwrap_or(&settings),
+                        &record.outcomes,
+                    );
+                    serving.trial = Some(Trial {
+                        record,
+                        student,
+                        canary,
+                    });
+                }
+                Err(error) => {
+                    serving.trouble = Some(format!(
+                        "candidate {} is not on trial: {error}",
+                        record.version
+                    ))
+                }
+            }
+        }
+        let _ = base;
+        Ok(())
+    }
+
+    /// Loads a student from the registry, sharing with the base whatever did not change.
+    pub(super) fn load_student(&self, version: u64) -> Result<Arc<Student>, Error> {
+        let base = self.base.as_ref().ok_or(Error::NoModel)?;
+        if !self.registry.list()?.iter().any(|m| m.version == version) {
+            return Err(Error::NotFound {
+                what: format!("student {version}"),
+            });
+        }
+        let (manifest, mut model, chat) = self.registry.load(version)?;
+        for (id, param) in model.weights.params.iter_mut() {
+            if let Some(own) = base
+                .student
+                .model
+                .weights
+                .params
+                .get(id)
+                .filter(|own| ***own == **param)
+            {
+                *param = own.clone();
+            }
+        }
+        let exact = manifest
+            .evaluation
+            .pointer("/candidate")
+            .and_then(|r| Some(r.get("exact")?.as_f64()? / r.get("steps")?.as_f64()?.max(1.0)));
+        Ok(Arc::new(Student {
+            id: manifest.id,
+            version,
+            model: Arc::new(model),
+            chat: Arc::new(chat),
+            view: manifest.view,
+            tool_names: manifest.tool_names,
+            held_out_exact: exact,
+        }))
+    }
+
+    /// Puts a candidate that passed offline on trial.
+    pub(super) fn start_trial(
+        &self,
+        job: u64,
+        student: Arc<Student>,
+        offline: Verdict,
+    ) -> Result<(), Error> {
+        let settings = self.loaded().settings.gate.clone();
+        let record = TrialRecord {
+            job,
+            version: student.version,
+            stage: if settings.shadow_steps == 0 {
+                "canary"
+            } else {
+                "shadow"
+            }
+            .into(),
+            offline: Some(offline),
+            shadow: Some(ShadowReport::default()),
+            settings: Some(settings.clone()),
+            ..TrialRecord::default()
+        };
+        self.save_trial(&record)?;
+        let trial = Trial {
+            record,
+            student,
+            canary: CanaryTest::new(&settings),
+        };
+        self.serving.lock().unwrap_or_else(|e| e.into_inner()).trial = Some(trial);
+        Ok(())
+    }
+
+    pub(super) fn save_trial(&self, record: &TrialRecord) -> Result<(), Error> {
+        let value = serde_json::to_value(record).expect("a trial prints");
+        Ok(self
+            .store
+            .put_json(JsonTable::Trial, &format!("{:08}", record.version), &value)?)
+    }
+
+    /// Who plays an episode, settled at its first decision: by a hash of its id, so that a rerun of the same id decides alike.
+    pub(super) fn plays(&self, id: EpisodeId, serving: &Serving) -> Plays {
+        let draw = unit_hash(&id.0);
+        let settings = &self.loaded().settings.gate;
+        if let Some(trial) = serving
+            .trial
+            .as_ref()
+            .filter(|t| t.record.stage == "canary")
+        {
+            if draw < settings.canary_share {
+                return Plays::Candidate(trial.record.version);
+            }
+            return Plays::Teacher;
+        }
+        match &serving.current {
+            Some(student) if draw >= settings.keep_teacher => Plays::Current(student.version),
+            _ => Plays::Teacher,
+        }
+    }
+
+    /// Remembers a shadow reply, to be compared with what the teacher did.
+    pub(super) fn watch_shadow(
+        &self,
+        episode: EpisodeId,
+        step: u32,
+        calls: Vec<ToolCall>,
+        shadow: Shadow,
+    ) {
+        let watched = Watched {
+            episode,
+            step,
+            calls,
+            shadow,
+            since: Instant::now(),
+        };
+        self.serving
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .shadows
+            .push(watched);
+        self.nudge();
+    }
+
+    /// Counts shadow replies that have come in. Called by the keeper. True if some are still on their way.
+    pub(super) fn settle_shadows(&self) -> bool {
+        let mut done = Vec::new();
+        let left;
+        {
+            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let mut i = 0;
+            while i < serving.shadows.len() {
+                let watched = &serving.shadows[i];
+                if watched.shadow.ticket.outcome().is_some()
+                    || watched.since.elapsed() > SHADOW_PATIENCE
+                {
+                    done.push(serving.shadows.swap_remove(i));
+                } else {
+                    i += 1;
+                }
+            }
+            left = !serving.shadows.is_empty();
+        }
+        for watched in done {
+            let Watched {
+                episode,
+                step,
+                calls,
+                shadow,
+                ..
+            } = watched;
+            shadow.ticket.cancel();
+            let answer = shadow.ticket.outcome().and_then(Result::ok);
+            let reply = answer
+                .as_ref()
+                .and_then(|a| shadow.format.parse_reply(&a.text).ok());
+            let valid = reply
+                .as_ref()
+                .is_some_and(|r| r.calls.iter().all(|c| shadow.format.validate(c).is_ok()));
+            let said = reply.map(|r| r.calls).unwrap_or_default();
+            let agrees = valid && same_calls(&said, &calls);
+            let mut stored = None;
+            {
+                let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+                if let Some(trial) = serving
+                    .trial
+                    .as_mut()
+                    .filter(|t| t.record.version == shadow.version && t.record.stage == "shadow")
+                {
+                    let report = trial.record.shadow.get_or_insert_default();
+                    report.steps += 1;
+                    report.failures += answer.is_none() as u64;
+                    report.invalid += (answer.is_some() && !valid) as u64;
+                    report.agree += agrees as u64;
+                    stored = Some(trial.student.id.clone());
+                }
+            }
+            let Some(student) = stored else { continue };
+            let value = Counterfactual {
+                actor: Actor::Student,
+                student: Some(student),
+                tool_calls: said,
+                message: None,
+                agrees,
+            };
+            // Lost if the queue is full: the count above stands, and only the record of this one step is poorer.
+            let _ = self.put(Record::Counterfactual {
+                episode,
+                step,
+                value,
+            });
+        }
+        left
+    }
+
+    /// Counts the outcome of an ended episode for the trial or for the watch over the promoted student.
+    pub(super) fn account(&self, id: EpisodeId, open: &Open, status: Status, honest: bool) {
+        let Some(plays) = open.plays.clone() else {
+            return;
+        };
+        let entry = (
+            plays,
+            open.task.id.clone(),
+            open.task.domain.clone(),
+            open.invalid_calls,
+        );
+        if status == Status::Unknown {
+            self.serving
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .waiting
+                .insert(id, entry);
+            return;
+        }
+        self.count(entry, status, honest);
+    }
+
+    pub(super) fn account_later(&self, id: EpisodeId, status: Status, honest: bool) {
+        let entry = self
+            .serving
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .waiting
+            .remove(&id);
+        if let Some(entry) = entry {
+            self.account_entry(id, entry, status, honest);
+        }
+    }
+
+    fn account_entry(
+        &self,
+        id: EpisodeId,
+        entry: (Plays, String, String, u32),
+        status: Status,
+        honest: bool,
+    ) {
+        if status == Status::Unknown {
+            self.serving
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .waiting
+                .insert(id, entry);
+        } else {
+            self.count(entry, status, honest);
+        }
+    }
+
+    fn count(
+        &self,
+        (plays, task, domain, invalid_calls): (Plays, String, String, u32),
+        status: Status,
+        honest: bool,
+    ) {
+        let success = status == Status::Success && honest;
+        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(trial) = serving
+            .trial
+            .as_mut()
+            .filter(|t| t.record.stage == "canary")
+        {
+            let arm = match plays {
+                Plays::Teacher => Some(Arm::Teacher),
+                Plays::Candidate(version) if version == trial.record.version => Some(Arm::Student),
+                _ => None,
+            };
+            if let Some(arm) = arm {
+                let outcome = LiveOutcome {
+                    arm,
+                    task,
+                    domain,
+                    success,
+                    at_ms: now_ms(),
+                    integrity_ok: honest,
+                    invalid_calls,
+                };
+                trial.canary.push(&outcome);
+                trial.record.outcomes.push(outcome);
+                let record = trial.record.clone();
+                drop(serving);
+                let _ = self.save_trial(&record);
+                return;
+            }
+        } else if let Some(watch) = serving.watch.as_mut() {
+            if plays == Plays::Current(watch.record.version) {
+                watch.test.push(success);
+                watch.record.live.push((success, now_ms()));
+                let record = watch.record.clone();
+                drop(serving);
+                let _ = self.save_trial(&record);
+            }
+        }
+    }
+
+    /// Moves the trial on if its evidence is in, and looks after the promoted student. Called by the keeper.
+    pub(super) fn judge_trial(&self) {
+        let loaded = self.loaded();
+        let ready = {
+            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            match serving.trial.as_mut() {
+                None => None,
+                Some(trial) => {
+                    let settings = trial.record.settings.clone().unwrap_or_default();
+                    let verdict = match trial.record.stage.as_str() {
+                        "shadow" => {
+                            let report = trial.record.shadow.clone().unwrap_or_default();
+                            let verdict = gate::shadow(&report, &settings);
+                            trial.record.shadow_verdict = Some(verdict.clone());
+                            verdict
+                        }
+                        _ => {
+                            let verdict = if trial.canary.ruling().decision == GateDecision::Wait {
+                                trial.canary.ruling()
+                            } else {
+                                trial.canary.verdict()
+                            };
+                            trial.record.canary_verdict = Some(verdict.clone());
+                            verdict
+                        }
+                    };
+                    (verdict.decision != GateDecision::Wait).then(|| {
+                        (
+                            trial.record.clone(),
+                            trial.student.clone(),
+                            trial.canary.summary(),
+                            verdict,
+                        )
+                    })
+                }
+            }
+        };
+        if let Some((record, student, summary, verdict)) = ready {
+            let rate = |successes: u64, n: u64| (n > 0).then(|| successes as f64 / n as f64);
+            let shadow = record.shadow.clone().unwrap_or_default();
+            let vote = loaded.policy.gate(&GateInfo {
+                stage: record.stage.clone(),
+                candidate: student.version.to_string(),
+                held_out_exact: student.held_out_exact.unwrap_or(0.0),
+                shadow_agreement: rate(shadow.agree, shadow.steps),
+                teacher_success: rate(summary.teacher_successes, summary.teacher_episodes),
+                teacher_episodes: summary.teacher_episodes,
+                student_success: rate(summary.student_successes, summary.student_episodes),
+                student_episodes: summary.student_episodes,
+                verdict: if verdict.pass { "promote" } else { "hold" }.into(),
+                reasons: verdict.reasons.clone(),
+                ..GateInfo::default()
+            });
+            let verdict = verdict.with_vote(&vote);
+            let teacher_success =
+                rate(summary.teacher_successes, summary.teacher_episodes).unwrap_or(0.0);
+            let result = match (record.stage.as_str(), verdict.pass) {
+                ("shadow", true) => self.advance_to_canary(verdict),
+                (_, true) => self.promote(record, student, teacher_success, verdict),
+                (_, false) => self.hold(record, verdict),
+            };
+            if let Err(error) = result {
+                self.events.push(
+                    EventKind::StoreTrouble,
+                    0,
+                    0,
+                    json!({ "what": error.to_string() }),
+                );
+            }
+        }
+        self.watch_current(&loaded);
+    }
+
+    fn advance_to_canary(&self, verdict: Verdict) -> Result<(), Error> {
+        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(trial) = serving.trial.as_mut() else {
+            return Ok(());
+        };
+        trial.record.stage = "canary".into();
+        trial.record.shadow_verdict = Some(verdict);
+        let record = trial.record.clone();
+        drop(serving);
+        self.save_trial(&record)?;
+        self.update_job(record.job, |status| {
+            status.state = JobState::Canary;
+            status.message = "on trial: it plays a share of the live episodes".into();
+        })
+    }
+
+    fn promote(
+        &self,
+        mut record: TrialRecord,
+        student: Arc<Student>,
+        teacher_success: f64,
+        verdict: Verdict,
+    ) -> Result<(), Error> {
+        record.stage = "promoted".into();
+        record.teacher_success = teacher_success;
+        record.ended_at_ms = Some(now_ms());
+        record.canary_verdict = Some(verdict.clone());
+        // Evidence first, then the pointer: after a crash between the two the trial is still on and is judged again.
+        self.registry.set_current(Some(record.version))?;
+        self.save_trial(&record)?;
+        let settings = record.settings.clone().unwrap_or_default();
+        let (job, version) = (record.job, record.version);
+        {
+            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            serving.trial = None;
+            serving.current = Some(student.clone());
+            serving.trouble = None;
+            serving.watch = Some(Watch {
+                test: RollbackTest::new(teacher_success, settings.margin, settings.alpha),
+                record,
+                deferrals: 0,
+                steps: 0,
+            });
+        }
+        if let Some(engine) = &self.engine {
+            engine.keep_only(&[version, 0]);
+        }
+        self.update_job(job, |status| {
+            status.state = JobState::Promoted;
+            status.message = verdict.sentence();
+        })?;
+        self.note("promoted", version, &verdict.sentence());
+        self.events.push(
+            EventKind::StudentSwapped,
+            version,
+            0,
+            json!({ "student": student.id, "why": verdict.sentence() }),
+        );
+        Ok(())
+    }
+
+    fn hold(&self, mut record: TrialRecord, verdict: Verdict) -> Result<(), Error> {
+        let job = record.job;
+        record.ended_at_ms = Some(now_ms());
+        match record.stage.as_str() {
+            "shadow" => record.shadow_verdict = Some(verdict.clone()),
+            _ => record.canary_verdict = Some(verdict.clone()),
+        }
+        record.stage = "held".into();
+        self.save_trial(&record)?;
+        self.serving.lock().unwrap_or_else(|e| e.into_inner()).trial = None;
+        self.note("held", record.version, &verdict.sentence());
+        self.update_job(job, |status| {
+            status.state = JobState::Held;
+            status.message = verdict.sentence();
+        })
+    }
+
+    fn watch_current(&self, loaded: &super::Loaded) {
+        let alarm = {
+            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let Some(watch) = serving.watch.as_ref().filter(|w| !w.record.live.is_empty()) else {
+                return;
+            };
+            let n = watch.record.live.len() as u64;
+            let wins = watch.record.live.iter().filter(|l| l.0).count() as f64;
+            let built_in = watch.test.alarmed();
+            let info = LiveInfo {
+                student: watch.record.version.to_string(),
+                episodes: n,
+                success: wins / n as f64,
+                teacher_success: watch.record.teacher_success,
+                deferrals: watch.deferrals,
+                steps: watch.steps,
+                built_in,
+            };
+            let sentence = watch.test.sentence();
+            drop(serving);
+            match loaded.policy.rollback(&info) {
+                // A floor that no policy can vote down: the built-in alarm always counts.
+                Some((false, _)) | None => built_in.then_some(sentence),
+                Some((true, why)) => Some(why),
+            }
+        };
+        if let Some(why) = alarm {
+            let _ = self.take_back(&why);
+        }
+    }
+
+    /// Takes the promoted student out of service; the one before it, or the teacher, plays on.
+    pub(super) fn take_back(&self, why: &str) -> Result<(), Error> {
+        let (gone, before) = (self.registry.current()?, self.registry.previous()?);
+        let previous = before.and_then(|v| self.load_student(v).ok());
+        self.registry
+            .set_current(previous.as_ref().map(|s| s.version))?;
+        let record = {
+            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            serving.current = previous;
+            serving.watch.take().map(|w| w.record)
+        };
+        if let Some(mut record) = record {
+            record.stage = "rolled_back".into();
+            record.ended_at_ms = Some(now_ms());
+            self.save_trial(&record)?;
+        }
+        let version = gone.unwrap_or(0);
+        self.note("rolled back", version, why);
+        self.events
+            .push(EventKind::RolledBack, version, 0, json!({ "why": why }));
+        Ok(())
+    }
+
+    /// A line of the store's history, for the report.
+    pub(super) fn note(&self, what: &str, version: u64, why: &str) {
+        let now = now_ms();
+        let value = json!({ "unix_ms": now, "what": what, "version": version, "why": why });
+        let _ = self
+            .store
+            .put_json(JsonTable::Event, &format!("{now:016}-{what}"), &value);
+    }
+}
+
+impl Locum {
+    /// Which student answers. [`Pin::Student`] is the operator's override of the gate.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a version that is not in the registry, [`Error::NoModel`] where there is no base.
+    pub fn use_student(&self, pin: Pin) -> Result<(), Error> {
+        self.inner.check_open()?;
+        let pinned = match pin {
+            Pin::Automatic | Pin::Teacher => None,
+            Pin::Base => Some(
+                self.inner
+                    .base
+                    .as_ref()
+                    .ok_or(Error::NoModel)?
+                    .student
+                    .clone(),
+            ),
+            Pin::Student(version) => Some(self.inner.load_student(version)?),
+        };
+        let mut serving = self.inner.serving.lock().unwrap_or_else(|e| e.into_inner());
+        serving.pin = pin;
+        serving.pinned = pinned;
+        Ok(())
+    }
+
+    /// Takes back a pin, or else the promoted student.
+    pub fn rollback(&self) -> Result<(), Error> {
+        self.inner.check_open()?;
+        let unpinned = {
+            let mut serving = self.inner.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let was = serving.pinned.take().is_some();
+            serving.pin = Pin::Automatic;
+            was
+        };
+        if self.inner.registry.current()?.is_some() {
+            return self.inner.take_back("the operator said so");
+        }
+        if unpinned {
+            return Ok(());
+        }
+        Err(Error::NotFound {
+            what: "a student to take back".into(),
+        })
+    }
+}
