@@ -1,4 +1,5 @@
 //! The tests that go through the doors: one binary, a room each.
 
+mod abi;
 mod cli;
 mod reference;

@@ -1,0 +1,45 @@
+//! Which status an error of the other crates becomes.
+
+use locum_core::locum::Error;
+use locum_lua::PolicyError;
+
+use crate::status::*;
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let status = match &error {
+            Error::NotFound => E_NOT_FOUND,
+            Error::Bad => E_ARGUMENT,
+            Error::Model => E_MODEL,
+            _ => E_STORE,
+        };
+        Failure {
+            status,
+            os_code: os_code(&error),
+            message: error.to_string(),
+        }
+    }
+}
+
+impl From<PolicyError> for Failure {
+    fn from(error: PolicyError) -> Self {
+        let status = match &error {
+            PolicyError::TooLarge { .. } => E_LIMIT,
+            PolicyError::State { .. } => E_MEMORY,
+            _ => E_POLICY,
+        };
+        Failure {
+            status,
+            os_code: os_code(&error),
+            message: error.to_string(),
+        }
+    }
+}
+
+/// The operating system's number behind an error, if one of its causes has it.
+fn os_code(error: &(dyn std::error::Error + 'static)) -> i32 {
+    std::iter::successors(Some(error), |e| e.source())
+        .filter_map(|e| e.downcast_ref::<std::io::Error>()?.raw_os_error())
+        .next()
+        .unwrap_or(0)
+}
