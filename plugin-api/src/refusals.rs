@@ -1,6 +1,7 @@
 //! Which status an error of the other crates becomes.
 
 use locum_core::locum::Error;
+use locum_core::store::StoreError;
 use locum_lua::PolicyError;
 
 use crate::status::*;
@@ -8,9 +9,20 @@ use crate::status::*;
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let status = match &error {
-            Error::NotFound => E_NOT_FOUND,
-            Error::Bad => E_ARGUMENT,
-            Error::Model => E_MODEL,
+            Error::NotFound { .. } => E_NOT_FOUND,
+            Error::Argument(_) | Error::Format(_) => E_ARGUMENT,
+            Error::Limit { .. } | Error::Store(StoreError::TooLarge { .. }) => E_LIMIT,
+            Error::NoModel
+            | Error::Model(_)
+            | Error::Chat(_)
+            | Error::Registry(_)
+            | Error::Engine(_)
+            | Error::Train(_) => E_MODEL,
+            Error::Busy(_) | Error::Store(StoreError::Busy { .. }) => E_BUSY,
+            Error::Store(StoreError::Timeout { .. }) => E_TIMEOUT,
+            Error::Store(StoreError::Corrupt { .. }) => E_CORRUPT,
+            Error::Closed => E_CLOSED,
+            Error::Cancelled => E_CANCELLED,
             _ => E_STORE,
         };
         Failure {
