@@ -3,3 +3,5 @@
 mod abi;
 mod cli;
 mod reference;
+mod soak;
+mod tidy;

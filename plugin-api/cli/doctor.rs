@@ -139,4 +139,24 @@ fn look_at_store(place: &Place, found: &mut Findings) {
         "store".into(),
         json!({ "dir": dir, "exists": true, "counts": counts }),
     );
+    match place.locum(None, false).map(|locum| locum.stats()) {
+        Ok(stats) => {
+            match &stats.base {
+                Some(base) => found.good("model", base),
+                None => found.bad(
+                    "model",
+                    "no base model; import one with `locum model import FILE_OR_DIR`".into(),
+                ),
+            }
+            match stats.current_version {
+                0 => found.note("student", "none has been promoted; the teacher answers"),
+                version => found.good("student", &format!("student {version} answers")),
+            }
+            found.json.insert("base".into(), json!(stats.base));
+            found
+                .json
+                .insert("current_version".into(), json!(stats.current_version));
+        }
+        Err(error) => found.bad("model", error.to_string()),
+    }
 }

@@ -213,11 +213,7 @@ fn show_step(step: &Step, out: &Out) {
         Source::Agent => format!("{:?}", step.actor).to_lowercase(),
     };
     let text = step.message.as_ref().map(|m| m.text()).unwrap_or_default();
-    out.line(
-        &format!("\n{:>3} {who}  {}", step.index, clip(&text))
-            .trim_end()
-            .to_string(),
-    );
+    out.line(format!("\n{:>3} {who}  {}", step.index, clip(&text)).trim_end());
     for call in &step.tool_calls {
         let arguments = call
             .arguments_raw

@@ -2,8 +2,12 @@
 
 use std::path::PathBuf;
 
+use locum_core::error::Error;
 use locum_core::formats::FormatError;
+use locum_core::model::ModelError;
+use locum_core::registry::RegistryError;
 use locum_core::store::StoreError;
+use locum_lua::PolicyError;
 
 /// A failed command. `Display` is one sentence; [`Fail::next`] says what to do, where that is not in the sentence.
 #[derive(Debug, thiserror::Error)]
@@ -23,13 +27,31 @@ pub enum Fail {
     /// An operator named something that is not there.
     #[error("{what}")]
     Missing { what: String, next: &'static str },
+    /// The command would change who answers, and was not told to go ahead.
+    #[error("{what}")]
+    NotConfirmed { what: String },
+    /// A job ended badly.
+    #[error("job {job} {state}: {message}")]
+    Job {
+        job: u64,
+        state: String,
+        message: String,
+    },
     /// The policy has errors, which were printed.
     #[error("{name} is not usable: {}", errors.join("; "))]
     Policy { name: String, errors: Vec<String> },
     #[error(transparent)]
+    Locum(#[from] Error),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
     Format(#[from] FormatError),
+    #[error(transparent)]
+    Lua(#[from] PolicyError),
 }
 
 impl Fail {
@@ -39,7 +61,8 @@ impl Fail {
                 "Name one with --store or LOCUM_STORE; a host or `locum episodes import` makes it.",
             ),
             Fail::Missing { next, .. } => Some(next),
-            Fail::Policy { .. } => {
+            Fail::NotConfirmed { .. } => Some("Say --yes to do it."),
+            Fail::Lua(_) | Fail::Policy { .. } => {
                 Some("`locum policy check FILE` shows all that is wrong with a policy.")
             }
             Fail::Format(FormatError::Unrecognised { .. }) => {

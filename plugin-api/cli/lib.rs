@@ -1,20 +1,28 @@
-//! The command `locum`: what an operator does to a store by hand. A door like the C ABI: it parses, calls the library,
+//! The command `locum`: what an operator does to a store by hand. A door like the C ABI: it parses, calls `Locum` or the store,
 //! and prints; it decides nothing.
 //!
 //! Exit code 0 is success, 1 a failure told in one sentence, 2 wrong usage. With `--json` the last line of stdout is one JSON object,
 //! also when the command failed.
 
+mod bench;
+mod distil;
 mod doctor;
 mod episodes;
 mod fail;
+mod model;
 mod out;
 mod policy;
+mod report;
+mod students;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
+use locum_core::locum::{Locum, Options};
+use locum_core::policy::Policy;
 use locum_core::store::{Store, StoreOptions};
 use serde_json::json;
 
@@ -50,12 +58,28 @@ struct Args {
 enum Command {
     /// Say what this machine and this store can do
     Doctor,
+    /// The base model that students are made from
+    #[command(subcommand)]
+    Model(model::Command),
     /// What was recorded
     #[command(subcommand)]
     Episodes(episodes::Command),
+    /// Make a student from the episodes that went well
+    #[command(subcommand)]
+    Distil(distil::Command),
+    /// List the students, newest first
+    Students,
+    /// Let a student answer, whatever the gate said
+    Promote(students::Promote),
+    /// Take the promoted student back
+    Rollback,
     /// Policies written in Lua
     #[command(subcommand)]
     Policy(policy::Command),
+    /// Time the base model on this machine
+    Bench(bench::Args),
+    /// Write the store's report as one HTML file
+    Report(report::Args),
 }
 
 /// Runs the command with these arguments (the first is the program's name) and says how it should exit.
@@ -79,8 +103,15 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let done = match args.command {
         Command::Doctor => doctor::run(&place, &out),
+        Command::Model(command) => model::run(command, &place, &out),
         Command::Episodes(command) => episodes::run(command, &place, &out),
+        Command::Distil(command) => distil::run(command, &place, &out),
+        Command::Students => students::list(&place, &out),
+        Command::Promote(promote) => students::promote(promote, &place, &out),
+        Command::Rollback => students::rollback(&place, &out),
         Command::Policy(command) => policy::run(command, &out),
+        Command::Bench(args) => bench::run(args, &place, &out),
+        Command::Report(report) => report::run(report, &place, &out),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -118,7 +149,19 @@ impl Place {
         Ok(Store::open(&self.dir, StoreOptions::default())?)
     }
 
-    fn must_exist(&self) -> Result<(), Fail> {
+    /// The whole of Locum over an existing store.
+    pub fn locum(&self, policy: Option<&Path>, with_model: bool) -> Result<Locum, Fail> {
+        self.must_exist()?;
+        Ok(Locum::open(Options {
+            store_dir: self.dir.clone(),
+            policy: Some(load_policy(policy)?),
+            no_learning: !with_model,
+            no_model: !with_model,
+            ..Options::default()
+        })?)
+    }
+
+    pub fn must_exist(&self) -> Result<(), Fail> {
         match self.dir.is_dir() {
             true => Ok(()),
             false => Err(Fail::NoStore {
@@ -126,4 +169,16 @@ impl Place {
             }),
         }
     }
+}
+
+/// The policy in a file, or the one that Locum ships.
+pub(crate) fn load_policy(path: Option<&Path>) -> Result<Arc<dyn Policy>, Fail> {
+    let policy = match path {
+        None => locum_lua::LuaPolicy::default_policy()?,
+        Some(path) => {
+            let (source, name) = policy::read(path)?;
+            locum_lua::LuaPolicy::from_source(&source, &name, locum_lua::PolicyOptions::default())?
+        }
+    };
+    Ok(Arc::new(policy))
 }

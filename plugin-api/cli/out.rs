@@ -234,6 +234,16 @@ pub fn clean(text: &str) -> String {
         .collect()
 }
 
+/// `3 min 20 s`.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if !s.is_finite() || s < 0.0 => "–".into(),
+        s if s < 60.0 => format!("{s:.0} s"),
+        s if s < 3600.0 => format!("{} min {} s", s as u64 / 60, s as u64 % 60),
+        s => format!("{} h {} min", s as u64 / 3600, s as u64 % 3600 / 60),
+    }
+}
+
 /// `1.5 GiB`.
 pub fn bytes(n: u64) -> String {
     match n as f64 {

@@ -1,6 +1,7 @@
 //! The command `locum` from outside: as a process, with its exit codes, its last line and its sentences.
 
 mod episodes;
+mod journey;
 mod refusals;
 
 use std::path::{Path, PathBuf};

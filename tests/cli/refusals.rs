@@ -24,7 +24,10 @@ fn wrong_usage_exits_with_2_and_help_with_0() {
     assert_eq!(world.run(&["episodes", "import"]).code(), 2);
     let help = world.run(&["--help"]);
     assert_eq!(help.code(), 0);
-    for command in ["doctor", "episodes", "policy"] {
+    for command in [
+        "doctor", "model", "episodes", "distil", "students", "promote", "rollback", "policy",
+        "report",
+    ] {
         assert!(
             help.stdout().contains(command),
             "--help does not name {command}"
@@ -35,7 +38,15 @@ fn wrong_usage_exits_with_2_and_help_with_0() {
 #[test]
 fn a_store_that_is_not_there_is_not_made_by_looking_at_it() {
     let world = World::new();
-    refused(&world, &["episodes", "list"], "there is no store at");
+    for args in [
+        &["episodes", "list"][..],
+        &["students"],
+        &["report"],
+        &["rollback"],
+        &["distil", "status"],
+    ] {
+        refused(&world, args, "there is no store at");
+    }
     assert!(!world.path("store").exists());
 }
 
@@ -78,7 +89,7 @@ fn a_file_of_no_known_format_is_refused_with_the_formats_that_are_known() {
 }
 
 #[test]
-fn an_unknown_episode_is_refused() {
+fn an_unknown_episode_or_student_is_refused() {
     let world = World::new();
     let file = world.episodes_file(3);
     world.json(&["episodes", "import", &file]);
@@ -87,6 +98,7 @@ fn an_unknown_episode_is_refused() {
         &["episodes", "show", "ffff"],
         "no episode is called",
     );
+    refused(&world, &["promote", "7", "--yes"], "no student is called");
 }
 
 #[test]
@@ -115,6 +127,27 @@ fn a_policy_with_a_syntax_error_is_refused_with_file_and_line() {
             .unwrap()
             .is_empty()
     );
+}
+
+#[test]
+fn a_distillation_without_a_base_model_says_how_to_import_one() {
+    let world = World::new();
+    let file = world.episodes_file(3);
+    world.json(&["episodes", "import", &file]);
+    refused(&world, &["distil", "run"], "model");
+}
+
+#[test]
+fn a_file_that_is_no_model_is_refused() {
+    let world = World::new();
+    let file = world.path("not-a-model.gguf");
+    std::fs::write(&file, b"GGUF but not really").unwrap();
+    refused(
+        &world,
+        &["model", "import", file.to_str().unwrap()],
+        "not-a-model.gguf",
+    );
+    refused(&world, &["model", "import", "nowhere.gguf"], "nowhere.gguf");
 }
 
 #[test]
