@@ -41,6 +41,9 @@ pub enum Error {
     },
     #[error("no base model is there: import one with `locum model import`, or name its folder when opening")]
     NoModel,
+    /// No student can answer this step; the host asks its teacher.
+    #[error("ask the teacher: {reason}")]
+    Teacher { reason: String },
     #[error("{0}")]
     Busy(String),
     #[error("this Locum is closed")]

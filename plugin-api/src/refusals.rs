@@ -21,6 +21,7 @@ impl From<Error> for Failure {
             Error::Busy(_) | Error::Store(StoreError::Busy { .. }) => E_BUSY,
             Error::Store(StoreError::Timeout { .. }) => E_TIMEOUT,
             Error::Store(StoreError::Corrupt { .. }) => E_CORRUPT,
+            Error::Teacher { .. } => TEACHER,
             Error::Closed => E_CLOSED,
             Error::Cancelled => E_CANCELLED,
             _ => E_STORE,

@@ -92,21 +92,21 @@ impl Locum {
     /// Starts the student's answer and returns at once.
     ///
     /// # Errors
-    /// [`Error::Argument`] with the reason where the student cannot even begin; the host then asks its teacher.
+    /// [`Error::Teacher`] with the reason where no student can even begin; the host then asks its teacher.
     pub fn generate(&self, episode: &EpisodeHandle, request: &Request) -> Result<Call, Error> {
         self.inner.check_open()?;
         let (offer, choice) = self
             .inner
             .offer(episode, request, false)
-            .map_err(|(_, why)| Error::Argument(why))?;
+            .map_err(|(_, why)| Error::Teacher { reason: why })?;
         let (task, _) = self
             .inner
             .of_episode(episode, request)
-            .map_err(|(_, why)| Error::Argument(why))?;
+            .map_err(|(_, why)| Error::Teacher { reason: why })?;
         let prepared = self
             .inner
             .prepare(&offer.student, &task, request)
-            .map_err(|(_, why)| Error::Argument(why))?;
+            .map_err(|(_, why)| Error::Teacher { reason: why })?;
         let engine = self.inner.engine.as_ref().ok_or(Error::NoModel)?;
         let deadline_ms = if request.deadline_ms == 0 {
             limits::DEFAULT_DEADLINE_MS

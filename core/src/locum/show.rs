@@ -82,7 +82,10 @@ impl Locum {
             queued: inner.store.waiting().0 as u64,
             store_errors: health.failed_commits,
             store_bytes: folder_bytes(inner.store.dir()),
-            base: inner.base.as_ref().map(|b| b.name.clone()),
+            base: inner.base.as_ref().map(|b| b.name.clone()).or_else(|| {
+                let dir = inner.registry.base_dir(None).ok()??;
+                Some(dir.file_name()?.to_string_lossy().into_owned())
+            }),
             policy: loaded.id.name.clone(),
             hooks: loaded.policy.stats(),
             events_dropped: inner.events.dropped(),

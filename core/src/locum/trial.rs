@@ -150,12 +150,12 @@ impl Inner {
 
     /// Loads a student from the registry, sharing with the base whatever did not change.
     pub(super) fn load_student(&self, version: u64) -> Result<Arc<Student>, Error> {
-        let base = self.base.as_ref().ok_or(Error::NoModel)?;
         if !self.registry.list()?.iter().any(|m| m.version == version) {
             return Err(Error::NotFound {
                 what: format!("student {version}"),
             });
         }
+        let base = self.base.as_ref().ok_or(Error::NoModel)?;
         let (manifest, mut model, chat) = self.registry.load(version)?;
         for (id, param) in model.weights.params.iter_mut() {
             if let Some(own) = base
