@@ -523,8 +523,8 @@ fn show(status: &mut JobStatus, stage: &Stage) -> JobState {
             status.tokens_done = progress.tokens;
             status.tokens_total = progress.tokens_total;
             // Evaluation is the last tenth.
-            status.progress =
-                0.9 * (progress.tokens as f64 / progress.tokens_total.max(1) as f64).min(1.0);
+            let by_time = progress.seconds / (progress.seconds + progress.seconds_left).max(1e-9);
+            status.progress = 0.9 * by_time.min(1.0);
             status.loss = Some(progress.loss);
             status.held_out_loss = progress.held_out_loss;
             status.seconds = progress.seconds;

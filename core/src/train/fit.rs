@@ -227,7 +227,7 @@ pub fn fit(
     'epochs: while stopped.is_none() {
         let batches = batches(&usable, train, plan, state.epoch);
         while state.batch < batches.len() {
-            let done = state.tokens as f64 / plan.tokens as f64;
+            let done = share_done(plan, &state);
             // Evaluations stand at fixed shares of the tokens, the first before any step.
             while plan.evaluations > 0
                 && !held_out.is_empty()
@@ -282,7 +282,13 @@ pub fn fit(
                 seconds: state.seconds,
                 loss: outcome.loss / outcome.weight.max(1e-9),
                 held_out_loss: state.curve.last().and_then(|p| p.held_out_loss),
-                seconds_left: speed.seconds_for(plan.tokens.saturating_sub(state.tokens)),
+                seconds_left: {
+                    let by_tokens = speed.seconds_for(plan.tokens.saturating_sub(state.tokens));
+                    match plan.max_seconds > 0.0 {
+                        true => by_tokens.min((plan.max_seconds - state.seconds).max(0.0)),
+                        false => by_tokens,
+                    }
+                },
             };
             let flow = control(&progress);
             let due = last_checkpoint.elapsed().as_secs_f64() >= plan.checkpoint_seconds;
@@ -355,6 +361,16 @@ pub fn evaluate_loss(
         0,
         &mut LowerCache::new(0, samples.len(), 0),
     )
+}
+
+/// How far the job is, 0 to 1: by tokens, or by seconds where a time limit will end it first. With a time limit the schedule
+/// depends on the machine's speed, so that the rate has come down when the time is up.
+fn share_done(plan: &TrainPlan, state: &State) -> f64 {
+    let tokens = state.tokens as f64 / plan.tokens as f64;
+    match plan.max_seconds > 0.0 {
+        true => tokens.max(state.seconds / plan.max_seconds),
+        false => tokens,
+    }
 }
 
 struct StepOutcome {

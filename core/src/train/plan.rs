@@ -26,7 +26,8 @@ pub struct TrainPlan {
     pub lr: f64,
     /// Tokens to read in all, prompts included, counting repeated samples again.
     pub tokens: u64,
-    /// Stops after this many seconds even if tokens are left; 0 = no limit.
+    /// Stops after this many seconds even if tokens are left, with the learning rate brought down by then; 0 = no limit.
+    /// Only without a limit is a run the same on every machine.
     pub max_seconds: f64,
     /// Tokens of one optimiser step, at most (a longer sample makes a step alone).
     pub batch_tokens: usize,
