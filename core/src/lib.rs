@@ -7,24 +7,24 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod limits;
+pub mod episode;
 pub mod calls;
+pub mod view;
+pub mod policy;
+pub mod store;
+pub mod formats;
 pub mod chat;
 pub mod curate;
 pub mod dataset;
-pub mod distil;
-pub mod episode;
-pub mod error;
-pub mod evaluate;
-pub mod formats;
-pub mod gate;
-pub mod generate;
 pub mod kernels;
-pub mod limits;
-pub mod locum;
 pub mod model;
-pub mod policy;
-pub mod registry;
-pub mod report;
-pub mod store;
 pub mod train;
-pub mod view;
+pub mod generate;
+pub mod gate;
+pub mod registry;
+pub mod evaluate;
+pub mod report;
+pub mod error;
+pub mod distil;
+pub mod locum;
