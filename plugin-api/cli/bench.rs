@@ -40,12 +40,10 @@ pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
             next: "Import one with `locum model import FILE_OR_DIR`.",
         });
     }
-    let pin = locum.stats().pin;
-    locum.use_student(Pin::Base)?;
+    locum.use_student_here(Pin::Base)?;
     let timed = (0..=args.runs)
         .map(|run| answer(&locum, run, args.reply_tokens))
         .collect::<Result<Vec<_>, _>>();
-    locum.use_student(pin)?;
     // The first answer warms caches and clocks.
     let timed = &timed?[1..];
     let speed = |tokens: &dyn Fn(&Timed) -> usize, ms: &dyn Fn(&Timed) -> f64| {

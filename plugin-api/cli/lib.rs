@@ -161,6 +161,17 @@ impl Place {
         })?)
     }
 
+    /// With the model, so that a student which cannot be loaded is noticed, and without learning meanwhile.
+    pub fn serving(&self) -> Result<Locum, Fail> {
+        self.must_exist()?;
+        Ok(Locum::open(Options {
+            store_dir: self.dir.clone(),
+            policy: Some(load_policy(None)?),
+            no_learning: true,
+            ..Options::default()
+        })?)
+    }
+
     pub fn must_exist(&self) -> Result<(), Fail> {
         match self.dir.is_dir() {
             true => Ok(()),

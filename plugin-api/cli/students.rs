@@ -63,7 +63,7 @@ fn table(students: &[StudentSummary]) -> Table {
 }
 
 pub fn promote(args: Promote, place: &Place, out: &Out) -> Result<(), Fail> {
-    let locum = place.locum(None, false)?;
+    let locum = place.serving()?;
     let student = find(locum.students()?, &args.student)?;
     let said = match student.verdict.as_str() {
         "" => "The gate has not judged it.".to_string(),
@@ -84,7 +84,7 @@ pub fn promote(args: Promote, place: &Place, out: &Out) -> Result<(), Fail> {
     }
     locum.use_student(Pin::Student(student.version))?;
     out.line(&format!(
-        "Student {} answers from now on, until `locum rollback`.",
+        "Student {} answers wherever this store is opened from now on, until `locum rollback`.",
         student.version
     ));
     out.result(

@@ -135,7 +135,7 @@ impl Locum {
 }
 
 impl Inner {
-    fn trials(&self) -> Result<Vec<TrialRecord>, Error> {
+    pub(super) fn trials(&self) -> Result<Vec<TrialRecord>, Error> {
         let stored = self.store.list_json(JsonTable::Trial)?;
         let mut trials: Vec<TrialRecord> = stored
             .into_iter()

@@ -81,13 +81,27 @@ pub(super) struct Watched {
 /// Longest a shadow reply is waited for.
 const SHADOW_PATIENCE: Duration = Duration::from_secs(60);
 
+/// Id of the stored pin among the documents of [`JsonTable::Student`].
+const PIN: &str = "pin";
+
 impl Inner {
-    /// Takes up what the registry and the store say: current student, trial, watch.
+    /// Takes up what the registry and the store say: pin, current student, trial, watch. Without a model only the pin.
     pub(super) fn restore(&self) -> Result<(), Error> {
-        let Some(base) = &self.base else {
-            return Ok(());
-        };
         let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(pin) = self.store.get_json(JsonTable::Student, PIN)? {
+            serving.pin = serde_json::from_value(pin).unwrap_or_default();
+        }
+        if self.base.is_none() {
+            return Ok(());
+        }
+        if serving.pin != Pin::Automatic {
+            match self.of_pin(serving.pin) {
+                Ok(student) => serving.pinned = student,
+                Err(error) => {
+                    serving.trouble = Some(format!("what is pinned is not in service: {error}"))
+                }
+            }
+        }
         let settings = self.loaded().settings.gate.clone();
         let records: Vec<TrialRecord> = self
             .store
@@ -144,8 +158,16 @@ impl Inner {
                 }
             }
         }
-        let _ = base;
         Ok(())
+    }
+
+    /// The student that a pin names, loaded; `None` where the pin names nobody.
+    fn of_pin(&self, pin: Pin) -> Result<Option<Arc<Student>>, Error> {
+        Ok(match pin {
+            Pin::Automatic | Pin::Teacher => None,
+            Pin::Base => Some(self.base.as_ref().ok_or(Error::NoModel)?.student.clone()),
+            Pin::Student(version) => Some(self.load_student(version)?),
+        })
     }
 
     /// Loads a student from the registry, sharing with the base whatever did not change.
@@ -621,12 +643,20 @@ impl Inner {
     pub(super) fn take_back(&self, why: &str) -> Result<(), Error> {
         let (gone, before) = (self.registry.current()?, self.registry.previous()?);
         let previous = before.and_then(|v| self.load_student(v).ok());
-        self.registry
-            .set_current(previous.as_ref().map(|s| s.version))?;
+        // Where no model is loaded, the one before is taken on trust: whoever opens the store with a model loads it or says why not.
+        let next = match &self.base {
+            Some(_) => previous.as_ref().map(|s| s.version),
+            None => before,
+        };
+        let stored = self
+            .trials()?
+            .into_iter()
+            .find(|t| Some(t.version) == gone && t.stage == "promoted");
+        self.registry.set_current(next)?;
         let record = {
             let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
             serving.current = previous;
-            serving.watch.take().map(|w| w.record)
+            serving.watch.take().map(|w| w.record).or(stored)
         };
         if let Some(mut record) = record {
             record.stage = "rolled_back".into();
@@ -651,39 +681,54 @@ impl Inner {
 }
 
 impl Locum {
-    /// Which student answers. [`Pin::Student`] is the operator's override of the gate.
+    /// Which student answers. [`Pin::Student`] is the operator's override of the gate. The pin is kept in the store:
+    /// it holds here at once, and in other processes when they open the store again.
     ///
     /// # Errors
-    /// [`Error::NotFound`] for a version that is not in the registry, [`Error::NoModel`] where there is no base.
+    /// [`Error::NotFound`] for a version that is not in the registry, [`Error::NoModel`] where there is no base,
+    /// [`Error::Store`] if the pin cannot be kept; then nothing changed.
     pub fn use_student(&self, pin: Pin) -> Result<(), Error> {
         self.inner.check_open()?;
-        let pinned = match pin {
-            Pin::Automatic | Pin::Teacher => None,
-            Pin::Base => Some(
-                self.inner
-                    .base
-                    .as_ref()
-                    .ok_or(Error::NoModel)?
-                    .student
-                    .clone(),
-            ),
-            Pin::Student(version) => Some(self.inner.load_student(version)?),
-        };
-        let mut serving = self.inner.serving.lock().unwrap_or_else(|e| e.into_inner());
-        serving.pin = pin;
-        serving.pinned = pinned;
+        let pinned = self.inner.of_pin(pin)?;
+        self.keep_pin(pin)?;
+        self.set_pin(pin, pinned);
         Ok(())
     }
 
-    /// Takes back a pin, or else the promoted student.
+    /// Like [`Locum::use_student`] for this open instance only: a measurement that is killed leaves no pin behind.
+    pub fn use_student_here(&self, pin: Pin) -> Result<(), Error> {
+        self.inner.check_open()?;
+        self.set_pin(pin, self.inner.of_pin(pin)?);
+        Ok(())
+    }
+
+    fn keep_pin(&self, pin: Pin) -> Result<(), Error> {
+        Ok(self
+            .inner
+            .store
+            .put_json(JsonTable::Student, PIN, &json!(pin))?)
+    }
+
+    fn set_pin(&self, pin: Pin, pinned: Option<Arc<Student>>) {
+        let mut serving = self.inner.serving.lock().unwrap_or_else(|e| e.into_inner());
+        serving.pin = pin;
+        serving.pinned = pinned;
+    }
+
+    /// Takes back the promoted student, and a pin with it: the student before it plays again, or the teacher.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if no student is promoted and nothing is pinned.
     pub fn rollback(&self) -> Result<(), Error> {
         self.inner.check_open()?;
         let unpinned = {
-            let mut serving = self.inner.serving.lock().unwrap_or_else(|e| e.into_inner());
-            let was = serving.pinned.take().is_some();
-            serving.pin = Pin::Automatic;
-            was
+            let serving = self.inner.serving.lock().unwrap_or_else(|e| e.into_inner());
+            serving.pin != Pin::Automatic
         };
+        if unpinned {
+            self.keep_pin(Pin::Automatic)?;
+            self.set_pin(Pin::Automatic, None);
+        }
         if self.inner.registry.current()?.is_some() {
             return self.inner.take_back("the operator said so");
         }
