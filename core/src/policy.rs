@@ -64,20 +64,11 @@ pub struct HookFailed {
 }
 
 /// What a policy declares as data beside its hooks. Zero or absent means the default.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     pub curate: CurateSettings,
     pub gate: GateSettings,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            curate: CurateSettings::default(),
-            gate: GateSettings::default(),
-        }
-    }
 }
 
 /// Rules of curation that need no code.

@@ -434,7 +434,7 @@ fn private_dir(dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// A document written by [`write_json`]; `None` if it is absent or not of this kind.
+/// A document written by `write_json`; `None` if it is absent or not of this kind.
 pub fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }

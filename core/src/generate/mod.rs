@@ -78,7 +78,7 @@ pub struct Job {
     /// 0 takes the likeliest token.
     pub temperature: f32,
     pub seed: u64,
-    /// Runs only while no other job is there.
+    /// Runs only while no other job is there, and ends without a word to `on_done`: whoever submitted it looks at its ticket.
     pub background: bool,
 }
 
@@ -183,8 +183,8 @@ struct Inbox {
 }
 
 impl Engine {
-    /// Starts the engine's thread. `on_done` gets the number of each job once its outcome is there; it runs on the engine's
-    /// thread and holds up all answers while it does.
+    /// Starts the engine's thread. `on_done` gets the number of each job that is not in the background once its outcome
+    /// is there; it runs on the engine's thread and holds up all answers while it does.
     ///
     /// # Errors
     /// [`EngineError::Thread`] if the system gives no thread.

@@ -369,7 +369,7 @@ fn an_answer_keeps_the_student_it_began_with() {
 }
 
 #[test]
-fn every_job_is_reported_and_a_panic_costs_all_answers_but_no_waiter() {
+fn every_job_but_those_in_the_background_is_reported_and_a_panic_costs_all_answers_but_no_waiter() {
     let reported = Arc::new(Mutex::new(Vec::new()));
     let theirs = reported.clone();
     let wrong = Arc::new(AtomicBool::new(true));
@@ -383,6 +383,11 @@ fn every_job_is_reported_and_a_panic_costs_all_answers_but_no_waiter() {
     let before = engine.submit(job(&good, "go"));
     outcome(&before).unwrap();
     wrong.store(false, SeqCst);
+    let quiet = engine.submit(Job {
+        background: true,
+        ..job(&good, "go")
+    });
+    outcome(&quiet).unwrap();
     // A model whose weights are not of its config's shape: what no check lets through.
     let mut model = (*good.model).clone();
     model.config.intermediate_size *= 2;
@@ -401,7 +406,7 @@ fn every_job_is_reported_and_a_panic_costs_all_answers_but_no_waiter() {
     let after = engine.submit(job(&good, "go"));
     assert!(matches!(outcome(&after), Err(GenerateError::Fault(_))));
     drop(engine);
-    assert_eq!(*locked(&reported), [1, 2, 3]);
+    assert_eq!(*locked(&reported), [1, 3, 4]);
 }
 
 #[test]

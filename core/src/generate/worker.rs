@@ -484,6 +484,9 @@ impl Worker {
                 .put(&active.job.student, active.job.key, sequence);
         }
         active.ticket.end(outcome);
+        if active.job.background {
+            return;
+        }
         let number = active.ticket.number();
         // What the host does there must not cost anybody else's answer.
         if catch_unwind(AssertUnwindSafe(|| (self.on_done)(number))).is_err() {

@@ -163,8 +163,8 @@ fn rotate(
     assert_eq!(x.len(), rows * heads * e);
     let shared = SharedMut::new(x);
     by_rows(pool, rows, heads * e, |start, end| {
-        for r in start..end {
-            let at = positions[r] as usize * half;
+        for (r, &position) in (start..end).zip(&positions[start..end]) {
+            let at = position as usize * half;
             let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
             // SAFETY: row r belongs to this part alone.
             let row = unsafe { shared.slice(r * heads * e, heads * e) };

@@ -444,7 +444,6 @@ impl Inner {
                 let record = trial.record.clone();
                 drop(serving);
                 let _ = self.save_trial(&record);
-                return;
             }
         } else if let Some(watch) = serving.watch.as_mut() {
             if plays == Plays::Current(watch.record.version) {
@@ -468,7 +467,7 @@ impl Inner {
                     let settings = trial.record.settings.clone().unwrap_or_default();
                     let verdict = match trial.record.stage.as_str() {
                         "shadow" => {
-                            let report = trial.record.shadow.clone().unwrap_or_default();
+                            let report = trial.record.shadow.unwrap_or_default();
                             let verdict = gate::shadow(&report, &settings);
                             trial.record.shadow_verdict = Some(verdict.clone());
                             verdict
@@ -496,7 +495,7 @@ impl Inner {
         };
         if let Some((record, student, summary, verdict)) = ready {
             let rate = |successes: u64, n: u64| (n > 0).then(|| successes as f64 / n as f64);
-            let shadow = record.shadow.clone().unwrap_or_default();
+            let shadow = record.shadow.unwrap_or_default();
             let vote = loaded.policy.gate(&GateInfo {
                 stage: record.stage.clone(),
                 candidate: student.version.to_string(),

@@ -294,7 +294,7 @@ pub fn read_gguf(path: &Path) -> Result<Gguf, ModelError> {
     let float = |key: &str, default: f64| {
         get(&format!("{arch}.{key}"))
             .and_then(|v| v.to_f32().ok())
-            .map_or(default, |x| shortest(x))
+            .map_or(default, shortest)
     };
     let (d, heads) = (number("embedding_length")?, number("attention.head_count")?);
     let embed_shape = content
