@@ -181,11 +181,15 @@ impl Inner {
                     let open = episodes
                         .get_mut(&episode.0)
                         .ok_or((ReasonCode::BadRequest, "this episode has ended".to_string()))?;
+                    let fresh = open.plays.is_none();
                     let plays = open
                         .plays
                         .get_or_insert_with(|| self.plays(episode.0, &serving))
                         .clone();
                     drop(episodes);
+                    if let Some(trial) = serving.trial.as_mut().filter(|_| fresh) {
+                        trial.begin(episode.0);
+                    }
                     if let Some(trial) = serving
                         .trial
                         .as_ref()

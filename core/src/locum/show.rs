@@ -223,7 +223,11 @@ impl Inner {
         let (serving_version, trial_version) = {
             let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
             (
-                serving.current.as_ref().map(|s| s.version),
+                serving
+                    .current
+                    .as_ref()
+                    .map(|s| s.version)
+                    .or(self.registry.current()?),
                 serving.trial.as_ref().map(|t| t.student.version),
             )
         };

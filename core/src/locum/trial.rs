@@ -1,6 +1,6 @@
 //! Who is in service and who is on trial: shadow, canary, promotion, rollback. The evidence is stored, so a restart continues it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,68 @@ pub(super) struct Trial {
     pub record: TrialRecord,
     pub student: Arc<Student>,
     pub canary: CanaryTest,
+    /// Canary episodes that have begun and are not counted yet, in the order they began. Outcomes are counted in this order:
+    /// successes end sooner than failures, so in the order of their ends the first outcomes would flatter whoever plays.
+    pub order: BTreeMap<EpisodeId, Slot>,
+    /// Canary episodes that were waited for long enough: their outcomes count whenever they come.
+    pub late: BTreeSet<EpisodeId>,
+}
+
+/// A canary episode on its way.
+pub(super) struct Slot {
+    since: Instant,
+    outcome: Option<LiveOutcome>,
+}
+
+impl Trial {
+    /// Remembers that an episode of the canary has begun.
+    pub(super) fn begin(&mut self, id: EpisodeId) {
+        if self.record.stage == "canary" {
+            let slot = || Slot {
+                since: Instant::now(),
+                outcome: None,
+            };
+            self.order.entry(id).or_insert_with(slot);
+        }
+    }
+
+    /// Counts outcomes in the order of their episodes' begin, as far as that is known. True if something was counted.
+    fn drain(&mut self) -> bool {
+        let before = self.record.outcomes.len();
+        while let Some(slot) = self.order.first_entry() {
+            if slot.get().outcome.is_none() && slot.get().since.elapsed() < EPISODE_PATIENCE {
+                break;
+            }
+            let (id, slot) = slot.remove_entry();
+            match slot.outcome {
+                Some(outcome) => self.push(outcome),
+                None => {
+                    self.late.insert(id);
+                }
+            }
+        }
+        self.record.outcomes.len() > before
+    }
+
+    /// Takes an outcome in. One of an episode that began before the canary is no evidence.
+    fn take(&mut self, id: EpisodeId, outcome: LiveOutcome) {
+        match self.order.get_mut(&id) {
+            Some(slot) => slot.outcome = Some(outcome),
+            None if self.late.remove(&id) => self.push(outcome),
+            None => {}
+        }
+    }
+
+    fn push(&mut self, outcome: LiveOutcome) {
+        self.canary.push(&outcome);
+        self.record.outcomes.push(outcome);
+    }
+
+    /// Forgets an episode that the host dropped.
+    pub(super) fn forget(&mut self, id: EpisodeId) {
+        self.order.remove(&id);
+        self.late.remove(&id);
+    }
 }
 
 /// What is stored of a trial.
@@ -78,6 +140,8 @@ pub(super) struct Watched {
     pub since: Instant,
 }
 
+/// Longest that the outcomes of later episodes wait for an earlier one of the canary to end.
+const EPISODE_PATIENCE: Duration = Duration::from_secs(600);
 /// Longest a shadow reply is waited for.
 const SHADOW_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -148,6 +212,8 @@ impl Inner {
                         record,
                         student,
                         canary,
+                        order: BTreeMap::new(),
+                        late: BTreeSet::new(),
                     });
                 }
                 Err(error) => {
@@ -233,6 +299,8 @@ impl Inner {
             record,
             student,
             canary: CanaryTest::new(&settings),
+            order: BTreeMap::new(),
+            late: BTreeSet::new(),
         };
         self.serving.lock().unwrap_or_else(|e| e.into_inner()).trial = Some(trial);
         Ok(())
@@ -378,7 +446,7 @@ impl Inner {
                 .insert(id, entry);
             return;
         }
-        self.count(entry, status, honest);
+        self.count(id, entry, status, honest);
     }
 
     pub(super) fn account_later(&self, id: EpisodeId, status: Status, honest: bool) {
@@ -407,12 +475,13 @@ impl Inner {
                 .waiting
                 .insert(id, entry);
         } else {
-            self.count(entry, status, honest);
+            self.count(id, entry, status, honest);
         }
     }
 
     fn count(
         &self,
+        id: EpisodeId,
         (plays, task, domain, invalid_calls): (Plays, String, String, u32),
         status: Status,
         honest: bool,
@@ -439,11 +508,12 @@ impl Inner {
                     integrity_ok: honest,
                     invalid_calls,
                 };
-                trial.canary.push(&outcome);
-                trial.record.outcomes.push(outcome);
-                let record = trial.record.clone();
-                drop(serving);
-                let _ = self.save_trial(&record);
+                trial.take(id, outcome);
+                if trial.drain() {
+                    let record = trial.record.clone();
+                    drop(serving);
+                    let _ = self.save_trial(&record);
+                }
             }
         } else if let Some(watch) = serving.watch.as_mut() {
             if plays == Plays::Current(watch.record.version) {
@@ -464,6 +534,7 @@ impl Inner {
             match serving.trial.as_mut() {
                 None => None,
                 Some(trial) => {
+                    trial.drain();
                     let settings = trial.record.settings.clone().unwrap_or_default();
                     let verdict = match trial.record.stage.as_str() {
                         "shadow" => {
