@@ -254,6 +254,7 @@ mod tests {
         for parts in [0, 1, 2, 3, 17, 1000] {
             let mut counts = vec![0u32; parts];
             let shared = SharedMut::new(&mut counts);
+            // SAFETY: each part has a number of its own.
             pool.run(parts, |i| unsafe { shared.slice(i, 1)[0] += 1 });
             assert!(counts.iter().all(|&c| c == 1), "{parts} parts");
         }

@@ -168,6 +168,7 @@ mod tests {
             close(dot_scalar(&a, &b));
             #[cfg(target_arch = "x86_64")]
             if features().avx2_fma {
+                // SAFETY: the features were detected in the line above; the lengths are equal.
                 close(unsafe { dot_avx2(&a, &b) });
             }
         }
