@@ -14,12 +14,16 @@
 //! that one lucky passage proves little). It needs no majority of good steps: where an action leads is a fact, whoever took
 //! it and why. A step is masked if its value lies clearly below that of an action that is well known in its situation and
 //! was shown in a success. Steps are only ever taken away, and only where results show a state (see [`StateViews`]).
+//!
+//! A situation also says which actions are blocked in it, and which were at the step before (see [`Blocks`]): the way around
+//! an obstacle leads away from the goal first, and without this every such step would look like a wrong one.
 
 use std::collections::{BTreeSet, HashMap};
 
 use crate::episode::{Episode, Source};
 use crate::policy::CurateSettings;
 
+use super::blocks::Blocks;
 use super::masks::{MaskReason, StateViews};
 use super::text;
 
@@ -52,6 +56,7 @@ struct Action {
 /// What is known of each situation.
 pub struct Consensus<'a> {
     views: &'a StateViews,
+    blocks: Blocks,
     support: usize,
     tolerance: f64,
     index: HashMap<String, usize>,
@@ -78,13 +83,14 @@ impl<'a> Consensus<'a> {
     ) -> Self {
         let mut this = Self {
             views,
+            blocks: Blocks::learn(episodes.iter().map(|(e, _)| *e), views),
             support: settings.derail_support.max(1),
             tolerance: settings.derail_tolerance.clamp(0.0, 1.0),
             index: HashMap::new(),
             situations: vec![Vec::new()],
         };
         for (episode, success) in episodes {
-            let moves = moves(episode, views);
+            let moves = this.moves(episode);
             for (n, step) in moves.iter().enumerate() {
                 let last = n + 1 == moves.len();
                 let next = match moves.get(n + 1) {
@@ -126,7 +132,8 @@ impl<'a> Consensus<'a> {
         let mut targets: Vec<(&str, usize, Move)> = Vec::new();
         let mut played: HashMap<(String, String), usize> = HashMap::new();
         for (n, episode) in episodes.enumerate() {
-            for step in moves(episode, self.views)
+            for step in self
+                .moves(episode)
                 .into_iter()
                 .filter(|s| masks[n][s.position].is_none())
             {
@@ -184,6 +191,31 @@ impl<'a> Consensus<'a> {
         own.value < best * (1.0 - self.tolerance)
     }
 
+    fn moves(&self, episode: &Episode) -> Vec<Move> {
+        let mut moves = Vec::new();
+        let mut blocked_before = String::new();
+        for (position, step) in episode.steps.iter().enumerate() {
+            if step.source != Source::Agent || !self.views.shows_state(step) {
+                continue;
+            }
+            let seen = text::seen(&episode.steps, position);
+            let goal = Goal::new(&text::goal(episode, position));
+            let blocked = self.blocks.in_view(&episode.task.domain, &seen);
+            moves.push(Move {
+                position,
+                situation: format!(
+                    "{}\n{}\n{}\n{blocked}\n{blocked_before}",
+                    episode.task.domain,
+                    goal.pattern,
+                    goal.situation(&seen)
+                ),
+                action: goal.abstracted(&text::action(step)),
+            });
+            blocked_before = blocked;
+        }
+        moves
+    }
+
     fn intern(&mut self, situation: &str) -> usize {
         if let Some(&at) = self.index.get(situation) {
             return at;
@@ -224,25 +256,6 @@ struct Move {
     action: String,
 }
 
-fn moves(episode: &Episode, views: &StateViews) -> Vec<Move> {
-    let positions = episode
-        .steps
-        .iter()
-        .enumerate()
-        .filter(|(_, s)| s.source == Source::Agent && views.shows_state(s));
-    positions
-        .map(|(position, step)| {
-            let goal = Goal::new(&text::goal(episode, position));
-            let situation = goal.situation(&text::seen(&episode.steps, position));
-            Move {
-                position,
-                situation: format!("{}\n{}\n{situation}", episode.task.domain, goal.pattern),
-                action: goal.abstracted(&text::action(step)),
-            }
-        })
-        .collect()
-}
-
 fn last_agent(episode: &Episode) -> usize {
     episode
         .steps
@@ -264,13 +277,13 @@ impl Goal {
             words: Vec::new(),
             pattern: String::new(),
         };
-        for word in words(goal) {
+        for word in text::words(goal) {
             if !FUNCTION_WORDS.contains(&word.as_str()) && !this.words.contains(&word) {
                 this.words.push(word);
             }
         }
         let articles = ["a", "an", "the"];
-        let kept = words(goal).filter(|w| !articles.contains(&w.as_str()));
+        let kept = text::words(goal).filter(|w| !articles.contains(&w.as_str()));
         this.pattern = kept.map(|w| this.number(w)).collect::<Vec<_>>().join(" ");
         this
     }
@@ -283,7 +296,7 @@ impl Goal {
     }
 
     fn abstracted(&self, text: &str) -> String {
-        words(text)
+        text::words(text)
             .map(|w| self.number(w))
             .collect::<Vec<_>>()
             .join(" ")
@@ -295,8 +308,8 @@ impl Goal {
         let needed = MIN_OVERLAP.min(self.words.len()).max(1);
         let mut sharing: Vec<(usize, String)> = Vec::new();
         let mut sets: BTreeSet<BTreeSet<usize>> = BTreeSet::new();
-        for clause in clauses(observation) {
-            let shared: BTreeSet<usize> = words(clause)
+        for clause in text::clauses(observation) {
+            let shared: BTreeSet<usize> = text::words(clause)
                 .filter_map(|w| self.words.iter().position(|g| *g == w))
                 .collect();
             if shared.len() >= needed && sets.insert(shared.clone()) {
@@ -311,17 +324,4 @@ impl Goal {
             .collect::<Vec<_>>()
             .join("; ")
     }
-}
-
-fn words(text: &str) -> impl Iterator<Item = String> + '_ {
-    text.split(|c: char| !c.is_alphanumeric() && c != '_')
-        .filter(|w| !w.is_empty())
-        .map(str::to_lowercase)
-}
-
-/// Cuts at new lines, semicolons, commas and at full stops that end a word, not at those inside a number.
-fn clauses(text: &str) -> impl Iterator<Item = &str> {
-    text.split(['\n', ';', ','])
-        .flat_map(|part| part.split(". "))
-        .map(|c| c.trim_matches(|c: char| c == '.' || c == ' '))
 }

@@ -166,3 +166,49 @@ pub fn wanderers(count: u64) -> Vec<Episode> {
         })
         .collect()
 }
+
+/// What the robot sees on a road of two lanes: the star's distance, a stone's, and the wall behind.
+fn road(x: i32, lane: i32, stone: i32) -> String {
+    let aside = |other: i32| if other == lane { "" } else { " 1 aside" };
+    let mut seen = format!("See: gold star {} right{}", 8 - x, aside(0));
+    if stone > x {
+        seen += &format!("; grey stone {} right{}", stone - x, aside(0));
+    }
+    format!("{seen}. wall {} left.", x + 1)
+}
+
+/// Episodes of a teacher that goes right (chance 0.6), changes lanes or waits. The star lies in lane 0, in half of the episodes
+/// behind a stone that one cannot pass but in lane 1.
+pub fn road_walkers(count: u64) -> Vec<Episode> {
+    let mut random = crate::kernels::Random::new(7);
+    (1..=count)
+        .map(|number| {
+            let stone = match random.below(2) {
+                0 => -1,
+                _ => 3 + random.below(4) as i32,
+            };
+            let (mut x, mut lane) = (random.below(3) as i32, 0);
+            let told = format!("Goal: reach the gold star.\n{}", road(x, lane, stone));
+            let mut moves: Vec<(&str, String)> = Vec::new();
+            for _ in 0..14 {
+                let action = ["right", "right", "right", "lane", "wait"][random.below(5)];
+                match action {
+                    "right" if (x + 1, lane) != (stone, 0) && x < 8 => x += 1,
+                    "lane" if (x, 1 - lane) != (stone, 0) => lane = 1 - lane,
+                    _ => {}
+                }
+                if (x, lane) == (8, 0) {
+                    moves.push((action, "Goal reached.".into()));
+                    break;
+                }
+                moves.push((action, road(x, lane, stone)));
+            }
+            let status = match (x, lane) {
+                (8, 0) => Status::Success,
+                _ => Status::Failure,
+            };
+            let moves: Vec<(&str, &str)> = moves.iter().map(|(a, r)| (*a, r.as_str())).collect();
+            episode(number, &format!("road-{number}"), &told, &moves, status)
+        })
+        .collect()
+}

@@ -6,6 +6,7 @@
 //! a success is not made of good steps alone (of the successes of a teacher that succeeds on a quarter of its episodes,
 //! about a quarter of the steps lead nowhere), so a bad step keeps its place in the context and loses its loss.
 
+mod blocks;
 mod consensus;
 mod duplicates;
 mod integrity;

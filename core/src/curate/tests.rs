@@ -342,6 +342,54 @@ fn steps_away_from_success_are_found_though_most_episodes_wander() {
 }
 
 #[test]
+fn the_way_around_an_obstacle_is_not_taken_for_a_wrong_one() {
+    let loops_stay = CurateSettings {
+        mask_loops: false,
+        ..settings()
+    };
+    let curated = curate(road_walkers(600), &KeepAll, &loops_stay);
+    // (kept, masked as leading away) changes of lane, with the stone right ahead and with a free way to the star.
+    let (mut before_stone, mut on_free_road) = ((0, 0), (0, 0));
+    for kept in &curated.kept {
+        for (position, step) in kept.episode.steps.iter().enumerate().skip(1) {
+            let seen = text::seen(&kept.episode.steps, position);
+            if step.tool_calls[0].arguments["action"] != "lane" || seen.contains("star 0 right") {
+                continue;
+            }
+            let count = match (seen.contains("stone 1 right."), seen.contains("stone")) {
+                (true, _) => &mut before_stone,
+                (_, false) if !seen.contains("aside") => &mut on_free_road,
+                _ => continue,
+            };
+            match kept.masks[position] {
+                None => count.0 += 1,
+                Some(MaskReason::Derail) => count.1 += 1,
+                _ => {}
+            }
+        }
+    }
+    assert!(before_stone.0 >= 20 && before_stone.1 == 0, "{before_stone:?}");
+    assert!(on_free_road.1 > 4 * on_free_road.0, "{on_free_road:?}");
+}
+
+#[test]
+fn what_blocks_an_action_is_learned_from_what_did_not_change() {
+    let episodes = road_walkers(300);
+    let views = masks::StateViews::learn(episodes.iter());
+    let blocks = blocks::Blocks::learn(episodes.iter(), &views);
+    let blocked = |seen: &str| blocks.in_view("line", seen);
+    assert!(blocked("See: gold star 4 right; grey stone 1 right. wall 5 left.").contains("right"));
+    for free in [
+        "See: gold star 4 right; grey stone 2 right. wall 5 left.",
+        "See: gold star 4 right 1 aside; grey stone 1 right 1 aside. wall 5 left.",
+        "See: gold star 3 right. wall 6 left.",
+    ] {
+        assert!(!blocked(free).contains("right"), "{free}: {}", blocked(free));
+    }
+    assert_eq!(blocks.in_view("another", "grey stone 1 right"), "");
+}
+
+#[test]
 fn copies_near_copies_and_the_fourth_success_of_a_task_are_left_out() {
     let told = "Goal: reach the gold star.";
     let long: Vec<String> = (0..60).map(|n| format!("go {n}")).collect();

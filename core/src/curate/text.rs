@@ -133,3 +133,17 @@ fn canonical(value: &Value, out: &mut String) {
         other => out.push_str(&other.to_string()),
     }
 }
+
+/// Words in lower case.
+pub fn words(text: &str) -> impl Iterator<Item = String> + '_ {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter(|w| !w.is_empty())
+        .map(str::to_lowercase)
+}
+
+/// Cuts at new lines, semicolons, commas and at full stops that end a word, not at those inside a number.
+pub fn clauses(text: &str) -> impl Iterator<Item = &str> {
+    text.split(['\n', ';', ','])
+        .flat_map(|part| part.split(". "))
+        .map(|c| c.trim_matches(|c: char| c == '.' || c == ' '))
+}
