@@ -22,6 +22,25 @@ pub(super) fn bf16_bits(x: f32) -> u16 {
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
+/// Packed pairs, aligned to cache lines. A pair is the bf16 of an even k in the low half of a word, that of the next k in the high half.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line([u32; 16]);
+
+impl Line {
+    pub const ZERO: Self = Self([0; 16]);
+
+    pub fn words(lines: &[Self]) -> &[u32] {
+        // SAFETY: a line is 16 words and nothing else.
+        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), 16 * lines.len()) }
+    }
+
+    pub fn words_mut(lines: &mut [Self]) -> &mut [u32] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), 16 * lines.len()) }
+    }
+}
+
 /// `out = scale · a b`, or `out += scale · a b` if `accumulate`, with a and b rounded to bf16 and products summed in `f32`.
 /// Shapes: a (m, k), b (k, n), out (m, n).
 ///
@@ -44,17 +63,19 @@ pub fn matmul_bf16(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: 
         out.cols
     );
     #[cfg(target_arch = "x86_64")]
-    if simd::features().avx512_bf16_full_rate && worth_packing(a.rows, a.cols, b.cols) {
+    if simd::features().avx512_bf16_full_rate && worth_packing(&a, &b) {
         // SAFETY: the feature was detected, and the shapes fit.
         return unsafe { x86::product(pool, a, x86::Right::Strided(b), scale, accumulate, out) };
     }
     matmul(pool, a, b, scale, accumulate, out)
 }
 
-/// Few rows or columns do not pay for packing the other operand; with a short k, writing the result takes longer than computing it.
+/// Few rows or columns do not pay for packing the other operand, the less so when `gemm` reads `b` as it stands (contiguous along n);
+/// with a short k, writing the result takes longer than computing it.
 #[cfg(target_arch = "x86_64")]
-fn worth_packing(m: usize, k: usize, n: usize) -> bool {
-    m >= 8 && n >= 16 && k >= 64
+fn worth_packing(a: &Mat, b: &Mat) -> bool {
+    let rows_from = if b.col_stride == 1 { 24 } else { 8 };
+    a.rows >= rows_from && b.cols >= 16 && a.cols >= 64
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -62,6 +83,7 @@ pub(super) mod x86 {
     use super::super::bf16_x86::{pack, Packing, Tile, MR, MULTIPLY, NR};
     use super::super::matmul::{Mat, MatMut};
     use super::super::pool::{Pool, SharedMut};
+    use super::Line;
     use std::cell::RefCell;
 
     /// Longest piece of k in one pass: a left panel of this length takes 18 KiB of a first-level cache.
@@ -80,27 +102,18 @@ pub(super) mod x86 {
     /// cache lines and pages of the source, but each adds a place to write to.
     const PANELS_PER_PART: (usize, usize) = (8, 32);
 
-    /// Packed pairs, aligned to cache lines.
-    #[derive(Clone, Copy)]
-    #[repr(C, align(64))]
-    pub(in super::super) struct Line([u32; 16]);
-
-    impl Line {
-        pub const ZERO: Self = Line([0; 16]);
-    }
-
     thread_local! {
         static LEFT: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
         static PANEL: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
     }
 
     /// The buffer's first `words` words; what they hold is left over from earlier use.
-    fn at_least(buffer: &mut Vec<Line>, words: usize) -> *mut u32 {
+    fn at_least(buffer: &mut Vec<Line>, words: usize) -> &mut [u32] {
         let lines = words.div_ceil(16);
         if buffer.len() < lines {
             buffer.resize(lines, Line::ZERO);
         }
-        buffer.as_mut_ptr().cast()
+        &mut Line::words_mut(buffer)[..words]
     }
 
     /// The right operand.
@@ -154,9 +167,7 @@ pub(super) mod x86 {
         };
         LEFT.with_borrow_mut(|left| {
             let words = panels * height * k.div_ceil(2);
-            let left = at_least(left, words);
-            // SAFETY: the buffer has `words` words and lives, borrowed, until the end of this closure.
-            let left = SharedMut::new(unsafe { std::slice::from_raw_parts_mut(left, words) });
+            let left = SharedMut::new(at_least(left, words));
             // The left operand, block by block along k; in each block panel after panel of [pairs][height].
             let left_panel = |k0: usize, pairs: usize, panel: usize| {
                 left.as_ptr()
@@ -219,7 +230,7 @@ pub(super) mod x86 {
                                     (words[stripe0 * step + k0 / 2 * NR..].as_ptr(), step)
                                 }
                                 Right::Strided(b) => {
-                                    let dst = at_least(buffer, some * pairs * NR);
+                                    let dst = at_least(buffer, some * pairs * NR).as_mut_ptr();
                                     // SAFETY: as for the rows; the buffer is this thread's and has room for the panels.
                                     unsafe {
                                         pack(&Packing {
@@ -267,7 +278,7 @@ pub(super) mod x86 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     pub fn numbers(n: usize, seed: usize) -> Vec<f32> {
