@@ -8,6 +8,7 @@ mod attention;
 mod matmul;
 mod pointwise;
 mod pool;
+mod quant;
 mod random;
 mod simd;
 
@@ -18,5 +19,6 @@ pub use pointwise::{
     RopeTable,
 };
 pub use pool::{quiet_thread, Pool, SharedMut};
+pub use quant::{PackedQ4, PackedQ8, QuantPath};
 pub use random::Random;
 pub use simd::{axpy, dot, features, Features};
