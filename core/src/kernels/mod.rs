@@ -12,6 +12,7 @@ mod matmul;
 mod packed;
 mod pointwise;
 mod pool;
+mod quant;
 mod random;
 mod simd;
 
@@ -24,5 +25,6 @@ pub use pointwise::{
     RopeTable,
 };
 pub use pool::{quiet_thread, Pool, SharedMut};
+pub use quant::{PackedQ4, PackedQ8, QuantPath};
 pub use random::Random;
 pub use simd::{axpy, dot, features, Features};

@@ -6,6 +6,8 @@ use std::sync::OnceLock;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Features {
     pub avx2_fma: bool,
+    pub f16c: bool,
+    pub avx_vnni: bool,
     pub avx512: bool,
     pub avx512_vnni: bool,
     /// Together with AVX512F and AVX512BW, which the kernels that multiply bf16 use too.
@@ -29,6 +31,8 @@ pub fn features() -> Features {
                 == [*b"Auth", *b"enti", *b"cAMD"];
             Features {
                 avx2_fma: is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+                f16c: is_x86_feature_detected!("f16c"),
+                avx_vnni: is_x86_feature_detected!("avxvnni"),
                 avx512: is_x86_feature_detected!("avx512f"),
                 avx512_vnni: is_x86_feature_detected!("avx512vnni"),
                 avx512_bf16,
@@ -39,6 +43,8 @@ pub fn features() -> Features {
         {
             Features {
                 avx2_fma: false,
+                f16c: false,
+                avx_vnni: false,
                 avx512: false,
                 avx512_vnni: false,
                 avx512_bf16: false,

@@ -1,0 +1,137 @@
+//! The product in registers of 512 bits: sixteen columns each, four k an instruction.
+
+use super::{Block, Packed, Tile, BLOCK, MAGIC, PANEL};
+use std::arch::x86_64::*;
+
+/// Rows of `x` in a tile. Six by two panels take twelve registers of integer sums, twelve of float sums and leave eight.
+pub(super) const ROWS: usize = 6;
+
+/// See [`super::Kernel`].
+///
+/// # Safety
+/// The processor has AVX-512 F and VNNI; `x` holds rows `row..row + rows` of `w.blocks` blocks each; the panels exist.
+pub(super) unsafe fn tile<const BITS: usize>(
+    w: &Packed<BITS>,
+    panel: usize,
+    panels: usize,
+    x: &[Block],
+    row: usize,
+    rows: usize,
+    out: &mut Tile,
+) {
+    debug_assert!((row + rows) * w.blocks <= x.len() && panel + panels <= w.panels());
+    // SAFETY: handed on as it was promised to us.
+    unsafe {
+        match (rows, panels) {
+            (1, 1) => tile_of::<BITS, 1, 1>(w, panel, x, row, out),
+            (2, 1) => tile_of::<BITS, 2, 1>(w, panel, x, row, out),
+            (3, 1) => tile_of::<BITS, 3, 1>(w, panel, x, row, out),
+            (4, 1) => tile_of::<BITS, 4, 1>(w, panel, x, row, out),
+            (5, 1) => tile_of::<BITS, 5, 1>(w, panel, x, row, out),
+            (6, 1) => tile_of::<BITS, 6, 1>(w, panel, x, row, out),
+            (1, 2) => tile_of::<BITS, 1, 2>(w, panel, x, row, out),
+            (2, 2) => tile_of::<BITS, 2, 2>(w, panel, x, row, out),
+            (3, 2) => tile_of::<BITS, 3, 2>(w, panel, x, row, out),
+            (4, 2) => tile_of::<BITS, 4, 2>(w, panel, x, row, out),
+            (5, 2) => tile_of::<BITS, 5, 2>(w, panel, x, row, out),
+            (6, 2) => tile_of::<BITS, 6, 2>(w, panel, x, row, out),
+            _ => unreachable!("a tile of {rows} rows and {panels} panels"),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn tile_of<const BITS: usize, const R: usize, const P: usize>(
+    w: &Packed<BITS>,
+    panel: usize,
+    x: &[Block],
+    row: usize,
+    out: &mut Tile,
+) {
+    let blocks = w.blocks;
+    let lines = blocks * Packed::<BITS>::LINES;
+    let scales = w.scales_a_panel();
+    let magic = _mm512_set1_ps(MAGIC);
+    let mut sums = [[_mm512_setzero_ps(); P]; R];
+    // SAFETY: panel `panel + p` owns `lines` lines of codes and `scales` scales, `blocks` blocks each; row `row + r` owns `blocks`
+    // blocks of `x`: the caller's promise. Every access below is at block b < blocks of one of them.
+    unsafe {
+        let x = x.as_ptr().add(row * blocks);
+        let codes = w.codes.as_ptr().add(panel * lines);
+        let halves = w.scales.as_ptr().cast::<u16>().add(panel * scales);
+        for b in 0..blocks {
+            let x = x.add(b);
+            let mut ints = [[_mm512_castps_si512(magic); P]; R];
+            if BITS == 8 {
+                for (r, ints) in ints.iter_mut().enumerate() {
+                    *ints = [_mm512_set1_epi32((*x.add(r * blocks)).start); P];
+                }
+            }
+            for line in 0..Packed::<BITS>::LINES {
+                let at = b * Packed::<BITS>::LINES + line;
+                let mut bytes = [_mm512_setzero_si512(); P];
+                for (p, bytes) in bytes.iter_mut().enumerate() {
+                    *bytes = _mm512_load_si512(codes.add(p * lines + at).cast());
+                }
+                if BITS == 8 {
+                    dot_group(&mut ints, &bytes, x, blocks, line);
+                } else {
+                    let low = _mm512_set1_epi8(15);
+                    let even = bytes.map(|v| _mm512_and_si512(v, low));
+                    dot_group(&mut ints, &even, x, blocks, 2 * line);
+                    let odd = bytes.map(|v| _mm512_and_si512(_mm512_srli_epi32::<4>(v), low));
+                    dot_group(&mut ints, &odd, x, blocks, 2 * line + 1);
+                }
+            }
+            for p in 0..P {
+                let halves = halves.add(p * scales + b * if BITS == 8 { PANEL } else { 2 * PANEL });
+                let scale = _mm512_cvtph_ps(_mm256_loadu_si256(halves.cast()));
+                let zero = _mm512_mul_ps(magic, scale);
+                let min = match BITS {
+                    8 => _mm512_setzero_ps(),
+                    _ => _mm512_cvtph_ps(_mm256_loadu_si256(halves.add(PANEL).cast())),
+                };
+                for r in 0..R {
+                    let x = x.add(r * blocks);
+                    // (MAGIC + sum) · scale - MAGIC · scale: a scale has 11 bits, so the last product is exact, and the whole rounds once.
+                    let mut dot = _mm512_fmsub_ps(_mm512_castsi512_ps(ints[r][p]), scale, zero);
+                    if BITS == 4 {
+                        dot = _mm512_fmadd_ps(min, _mm512_set1_ps((*x).sum), dot);
+                    }
+                    sums[r][p] = _mm512_fmadd_ps(dot, _mm512_set1_ps((*x).scale), sums[r][p]);
+                }
+            }
+        }
+        for (sums, out) in sums.iter().zip(out.iter_mut()) {
+            for (sum, out) in sums.iter().zip(out.as_chunks_mut::<PANEL>().0) {
+                _mm512_storeu_ps(out.as_mut_ptr(), *sum);
+            }
+        }
+    }
+}
+
+/// Adds the products of group `group` (four k) of a block to the sums.
+///
+/// # Safety
+/// `x` and the `R - 1` blocks at distances of `blocks` after it can be read; `group < 8`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn dot_group<const R: usize, const P: usize>(
+    ints: &mut [[__m512i; P]; R],
+    bytes: &[__m512i; P],
+    x: *const Block,
+    blocks: usize,
+    group: usize,
+) {
+    debug_assert!(group < BLOCK / 4);
+    for (r, ints) in ints.iter_mut().enumerate() {
+        // SAFETY: the caller's promise; a group is four bytes, as an i32 is.
+        let four = unsafe {
+            let codes = (&raw const (*x.add(r * blocks)).codes).cast::<i32>();
+            _mm512_set1_epi32(codes.add(group).read_unaligned())
+        };
+        for (sum, bytes) in ints.iter_mut().zip(bytes) {
+            *sum = _mm512_dpbusd_epi32(*sum, *bytes, four);
+        }
+    }
+}

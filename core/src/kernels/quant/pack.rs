@@ -1,0 +1,212 @@
+//! From `f32` to codes, and back.
+
+use super::{CodeLine, Packed, ScaleLine, BLOCK, PANEL};
+use half::f16;
+
+/// The largest weight is stored as 2^14 to 2^15 units, so that minimum and scale fit `f16` and small blocks keep their precision.
+const UNIT_EXPONENT: i32 = 14;
+/// Fewest steps between the smallest and the largest weight of a 4-bit block that are tried: a grid of fewer steps is also one of
+/// twice as many.
+const MIN_STEPS: i32 = 8;
+
+impl<const BITS: usize> Packed<BITS> {
+    /// Packs `w` (n, k), row-major. A block that holds a NaN or an infinity makes its column of every product NaN.
+    ///
+    /// # Panics
+    /// If `w` has not `n · k` elements.
+    pub fn new(w: &[f32], n: usize, k: usize) -> Self {
+        const { assert!(BITS == 8 || BITS == 4, "there are kernels for 8 and 4 bits") };
+        assert_eq!(w.len(), n * k, "weight of ({n}, {k})");
+        let blocks = k.div_ceil(BLOCK);
+        let unit = unit(w);
+        let mut packed = Self {
+            n,
+            k,
+            blocks,
+            unit,
+            codes: Vec::new(),
+            scales: Vec::new(),
+        };
+        // Rows that fill up the last panel have scale 0, and so have blocks of zeros.
+        let codes = packed.panels() * blocks * Self::LINES;
+        packed.codes = vec![CodeLine([0; 64]); codes];
+        let scales = packed.panels() * packed.scales_a_panel() / 32;
+        packed.scales = vec![ScaleLine([f16::ZERO; 32]); scales];
+        let mut block = [0f32; BLOCK];
+        for (row, w) in w.chunks_exact(k.max(1)).enumerate() {
+            for (b, w) in w.chunks(BLOCK).enumerate() {
+                for (to, from) in block.iter_mut().zip(w) {
+                    *to = from / unit;
+                }
+                // The last block is filled up with one of its own weights, which leaves smallest and largest alone.
+                block[w.len()..].fill(w[0] / unit);
+                let (codes, scale, min) = match BITS {
+                    8 => quantise_8(&block),
+                    _ => quantise_4(&block),
+                };
+                packed.put(row / PANEL, b, row % PANEL, &codes, scale, min);
+            }
+        }
+        packed
+    }
+
+    /// Rows of the weight, which are columns of the product.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Columns of the weight.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Row `i` (k) of the weight that the products compute with.
+    ///
+    /// # Panics
+    /// If there is no such row or `out` is not `k` long.
+    pub fn row(&self, i: usize, out: &mut [f32]) {
+        assert!(i < self.n, "row {i} of {}", self.n);
+        assert_eq!(out.len(), self.k);
+        for (b, out) in out.chunks_mut(BLOCK).enumerate() {
+            let (scale, min) = self.scale(i / PANEL, b, i % PANEL);
+            let zero = if BITS == 8 { 128.0 } else { 0.0 };
+            for (j, out) in out.iter_mut().enumerate() {
+                let code = self.code(i / PANEL, b, i % PANEL, j) as f32 - zero;
+                *out = (code * scale + min) * self.unit;
+            }
+        }
+    }
+
+    /// The whole weight (n, k) that the products compute with.
+    pub fn unpack(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.n * self.k];
+        for (i, row) in out.chunks_exact_mut(self.k.max(1)).enumerate() {
+            self.row(i, row);
+        }
+        out
+    }
+
+    /// Memory that the codes and scales take.
+    pub fn bytes(&self) -> usize {
+        64 * (self.codes.len() + self.scales.len())
+    }
+
+    /// Cache lines of codes in a block of a panel.
+    pub(super) const LINES: usize = BLOCK * PANEL * BITS / 8 / 64;
+    /// Numbers beside each block: the scale, and the minimum of 4-bit weights.
+    const SCALES: usize = if BITS == 4 { 2 } else { 1 };
+
+    pub(super) fn panels(&self) -> usize {
+        self.n.div_ceil(PANEL)
+    }
+
+    /// Scales from one panel to the next: whole cache lines.
+    pub(super) fn scales_a_panel(&self) -> usize {
+        (self.blocks * PANEL * Self::SCALES).next_multiple_of(32)
+    }
+
+    /// The code of element `i` of block `b` of row `c` of a panel.
+    pub(super) fn code(&self, panel: usize, b: usize, c: usize, i: usize) -> u8 {
+        let (line, byte, shift) = Self::place(c, i);
+        let line = (panel * self.blocks + b) * Self::LINES + line;
+        match BITS {
+            8 => self.codes[line].0[byte],
+            _ => self.codes[line].0[byte] >> shift & 15,
+        }
+    }
+
+    /// Scale and minimum of block `b` of row `c` of a panel, in units.
+    pub(super) fn scale(&self, panel: usize, b: usize, c: usize) -> (f32, f32) {
+        let at = panel * self.scales_a_panel() + b * PANEL * Self::SCALES + c;
+        let get = |at: usize| self.scales[at / 32].0[at % 32].to_f32();
+        match BITS {
+            8 => (get(at), 0.0),
+            _ => (get(at), get(at + PANEL)),
+        }
+    }
+
+    fn put(&mut self, panel: usize, b: usize, c: usize, codes: &[u8; BLOCK], d: f16, m: f16) {
+        for (i, code) in codes.iter().enumerate() {
+            let (line, byte, shift) = Self::place(c, i);
+            let line = (panel * self.blocks + b) * Self::LINES + line;
+            self.codes[line].0[byte] |= code << shift;
+        }
+        let at = panel * self.scales_a_panel() + b * PANEL * Self::SCALES + c;
+        self.scales[at / 32].0[at % 32] = d;
+        if BITS == 4 {
+            self.scales[(at + PANEL) / 32].0[(at + PANEL) % 32] = m;
+        }
+    }
+
+    /// Line within the block, byte within the line and shift within the byte of element `i` of row `c`. A line of 4-bit codes holds
+    /// two groups of four k: the even one in the low halves, the odd one in the high halves.
+    fn place(c: usize, i: usize) -> (usize, usize, u32) {
+        let (group, byte) = (i / 4, 4 * c + i % 4);
+        match BITS {
+            8 => (group, byte, 0),
+            _ => (group / 2, byte, 4 * (group % 2) as u32),
+        }
+    }
+}
+
+/// The power of two in which scales are counted.
+fn unit(w: &[f32]) -> f32 {
+    let finite = w.iter().filter(|v| v.is_finite());
+    let largest = finite.fold(0f32, |top, v| top.max(v.abs()));
+    if largest == 0.0 {
+        return 1.0;
+    }
+    let exponent = (largest.to_bits() >> 23) as i32 - 127;
+    f32::powi(2.0, (exponent - UNIT_EXPONENT).max(-126))
+}
+
+fn quantise_8(w: &[f32; BLOCK]) -> ([u8; BLOCK], f16, f16) {
+    let largest = w.iter().fold(0f32, |top, v| top.max(v.abs()));
+    if !w.iter().all(|v| v.is_finite()) {
+        return ([128; BLOCK], f16::NAN, f16::ZERO);
+    }
+    let scale = f16::from_f32(largest / 127.0);
+    let inverse = match scale.to_f32() {
+        0.0 => 0.0,
+        scale => 1.0 / scale,
+    };
+    let code = |v: f32| (v * inverse).round().clamp(-127.0, 127.0) + 128.0;
+    (w.map(|v| code(v) as u8), scale, f16::ZERO)
+}
+
+/// Scale and minimum that span the block in 15 steps or, if that fits better, in fewer: weights that come from a 4-bit grid need not
+/// have used its two ends.
+fn quantise_4(w: &[f32; BLOCK]) -> ([u8; BLOCK], f16, f16) {
+    if !w.iter().all(|v| v.is_finite()) {
+        return ([0; BLOCK], f16::NAN, f16::ZERO);
+    }
+    let low = w.iter().fold(f32::INFINITY, |low, v| low.min(*v));
+    let high = w.iter().fold(f32::NEG_INFINITY, |high, v| high.max(*v));
+    let min = f16::from_f32(low);
+    let m = min.to_f32();
+    let mut best = ([0; BLOCK], f16::ZERO, min);
+    let mut least = w.iter().map(|v| (v - m) * (v - m)).sum::<f32>();
+    for steps in (MIN_STEPS..=15).rev() {
+        let scale = f16::from_f32((high - low) / steps as f32);
+        let d = scale.to_f32();
+        if d == 0.0 {
+            continue;
+        }
+        let inverse = 1.0 / d;
+        // The value lies within 0..=16 by the choice of `d`, so adding one half and cutting rounds it.
+        let code = |v: f32| ((v - m) * inverse + 0.5).clamp(0.0, 15.0) as i32;
+        let error = w.iter().fold(0f32, |sum, v| {
+            let e = code(*v) as f32 * d + m - v;
+            sum + e * e
+        });
+        if error < least {
+            least = error;
+            best = (w.map(|v| code(v) as u8), scale, min);
+        }
+        // Nothing fits better than a grid the weights come from: what is left is the rounding of `f32` and `f16`.
+        if least <= 32.0 * (1e-3 * (high - low)).powi(2) {
+            break;
+        }
+    }
+    best
+}
