@@ -385,6 +385,9 @@ pub struct RecipeKnobs {
     pub trim_below: Option<f64>,
     pub patience: Option<usize>,
     pub seed: Option<u64>,
+    /// `bf16` or `f32`: in which numbers products are computed; weights and moments are `f32` all the same. Absent: `bf16` where the
+    /// processor is faster at it.
+    pub compute: Option<String>,
 }
 
 /// Argument of `gate`.

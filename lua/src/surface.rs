@@ -292,6 +292,11 @@ pub const RECORDS: &[Record] = &[
             ),
             ("patience", "number?", ""),
             ("seed", "number?", ""),
+            (
+                "compute",
+                "string?",
+                "bf16 or f32: the numbers of products in training",
+            ),
         ],
     },
     Record {

@@ -118,6 +118,15 @@ enum {
   LOCUM_OPEN_NO_MODEL = 4     /* record only: no model is loaded, the teacher plays everything                   */
 };
 
+/* locum_options.weights */
+enum {
+  LOCUM_WEIGHTS_DEFAULT = 0,  /* bf16                                                                            */
+  LOCUM_WEIGHTS_F32 = 1,
+  LOCUM_WEIGHTS_BF16 = 2,     /* what a student's file holds: nothing is lost                                    */
+  LOCUM_WEIGHTS_Q8 = 3,       /* 8 bits: half of the memory and faster, answers may differ a little              */
+  LOCUM_WEIGHTS_Q4 = 4        /* 4 bits: for the smallest machines; see `locum bench --quality` for the cost     */
+};
+
 typedef struct {
   uint32_t struct_size;
   uint32_t flags;              /* LOCUM_OPEN_*                                                              */
@@ -129,6 +138,8 @@ typedef struct {
   uint32_t train_threads;      /* threads that train;  0 = likewise, at low priority                        */
   uint64_t max_disk_bytes;     /* of the whole store directory; 0 = no limit                                */
   uint64_t max_cache_bytes;    /* KV caches kept for prefix reuse; 0 = 256 MiB                              */
+  int32_t weights;             /* LOCUM_WEIGHTS_*: numbers in which models in service keep their weights    */
+  uint32_t reserved;           /* 0 */
 } locum_options;
 
 /* locum_step.flags */
@@ -463,6 +474,7 @@ LOCUM_API int32_t locum_policy_load(locum handle, const char *source, size_t sou
  * `options_json` is empty or an object, all fields optional:
  *     {"method":"upper|lora|full", "tokens":N, "max_seconds":S, "epochs":E, "lr":.., "rank":.., "alpha":..,
  *      "upper_layers":.., "batch_tokens":.., "warmup_steps":.., "weight_decay":.., "patience":.., "seed":..,
+ *      "compute":"bf16|f32",          numbers of the products; bf16 by itself where the processor is faster at it
  *      "unfiltered":false,            true trains on everything, for comparison
  *      "continue_student":false,      true starts from the promoted student instead of the base
  *      "promote":"auto|never"}        never: the student is stored, and no gate and no trial follows

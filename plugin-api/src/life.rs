@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use locum_core::limits::MAX_POLICY_BYTES;
 use locum_core::locum::{Locum, Options as CoreOptions};
+use locum_core::model::WeightFormat;
 use locum_core::policy::Policy;
 use locum_lua::{LuaPolicy, PolicyOptions};
 
@@ -141,6 +142,17 @@ unsafe fn core_options(options: &Options) -> Result<CoreOptions, Failure> {
         no_model: options.flags & (OPEN_NO_MODEL | OPEN_READ_ONLY) != 0,
         max_disk_bytes: options.max_disk_bytes,
         max_cache_bytes: usize::try_from(options.max_cache_bytes).unwrap_or(usize::MAX),
+        weights: match options.weights {
+            0 | 2 => WeightFormat::Bf16,
+            1 => WeightFormat::F32,
+            3 => WeightFormat::Q8,
+            4 => WeightFormat::Q4,
+            other => {
+                return Err(Failure::argument(format!(
+                    "weights is {other}, a LOCUM_WEIGHTS_* from 0 to 4 is expected"
+                )))
+            }
+        },
     })
 }
 

@@ -19,6 +19,8 @@ pub struct Options {
     pub train_threads: u32,
     pub max_disk_bytes: u64,
     pub max_cache_bytes: u64,
+    pub weights: i32,
+    pub reserved: u32,
 }
 
 pub const STEP_IS_ERROR: u32 = 1;
@@ -174,7 +176,9 @@ mod tests {
                 worker_threads,
                 train_threads,
                 max_disk_bytes,
-                max_cache_bytes
+                max_cache_bytes,
+                weights,
+                reserved
             ]
         );
         layout!(

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use locum_core::kernels::Pool;
 use locum_core::model::{
-    AdapterConfig, Grads, LayerParam, Lora, Model, PackedRows, ParamId, Sequence, Tape, TrainId,
-    LINEARS,
+    AdapterConfig, Compute, Grads, LayerParam, Lora, Model, PackedRows, ParamId, Sequence, Tape,
+    TrainId, LINEARS,
 };
 use locum_core::train::{self, Flow, Method, TrainPlan};
 use safetensors::{Dtype, SafeTensors};
@@ -215,6 +215,41 @@ fn every_gradient_of_full_fine_tuning_equals_pytorch() {
                 2e-4,
             );
         }
+    }
+}
+
+/// SmolLM2's matrices are large enough for the bf16 kernels, the reference models' are not.
+#[test]
+fn gradients_computed_in_bf16_point_where_those_in_f32_do() {
+    let Ok(path) = std::env::var("LOCUM_TEST_GGUF") else {
+        println!("skipped: LOCUM_TEST_GGUF does not name SmolLM2's GGUF file");
+        return;
+    };
+    let gguf = locum_core::model::read_gguf(Path::new(&path)).unwrap();
+    let mut model = Model::new(gguf.config, gguf.weights).unwrap();
+    let ids: Vec<u32> = (0..96).map(|i| (i * 7919 + 101) % 40_000).collect();
+    let plan = TrainPlan {
+        method: Method::Upper { layers: 3 },
+        ..TrainPlan::default()
+    };
+    let trainable = plan.trainable(&model.config);
+    let (exact_loss, exact) = loss_and_gradients(&model, None, &ids, trainable.clone());
+    model.compute = Compute::Bf16;
+    let (loss, grads) = loss_and_gradients(&model, None, &ids, trainable);
+    assert!(
+        (loss / exact_loss - 1.0).abs() < 0.01,
+        "{loss} {exact_loss}"
+    );
+    for (id, grad) in &grads.map {
+        let dot = |a: &[f32], b: &[f32]| -> f64 {
+            a.iter()
+                .zip(b)
+                .map(|(x, y)| f64::from(*x) * f64::from(*y))
+                .sum()
+        };
+        let want = &exact.map[id];
+        let cosine = dot(grad, want) / (dot(grad, grad) * dot(want, want)).sqrt();
+        assert!(cosine > 0.98, "{}: {cosine}", id.name());
     }
 }
 

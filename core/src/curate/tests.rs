@@ -368,7 +368,10 @@ fn the_way_around_an_obstacle_is_not_taken_for_a_wrong_one() {
             }
         }
     }
-    assert!(before_stone.0 >= 20 && before_stone.1 == 0, "{before_stone:?}");
+    assert!(
+        before_stone.0 >= 20 && before_stone.1 == 0,
+        "{before_stone:?}"
+    );
     assert!(on_free_road.1 > 4 * on_free_road.0, "{on_free_road:?}");
 }
 
@@ -384,7 +387,11 @@ fn what_blocks_an_action_is_learned_from_what_did_not_change() {
         "See: gold star 4 right 1 aside; grey stone 1 right 1 aside. wall 5 left.",
         "See: gold star 3 right. wall 6 left.",
     ] {
-        assert!(!blocked(free).contains("right"), "{free}: {}", blocked(free));
+        assert!(
+            !blocked(free).contains("right"),
+            "{free}: {}",
+            blocked(free)
+        );
     }
     assert_eq!(blocks.in_view("another", "grey stone 1 right"), "");
 }

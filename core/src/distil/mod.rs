@@ -18,7 +18,7 @@ use crate::evaluate::{as_train, evaluate, Question};
 use crate::gate::{self, OfflineReport, Verdict};
 use crate::generate::{Engine, Student};
 use crate::kernels::Pool;
-use crate::model::write_atomically;
+use crate::model::{write_atomically, WeightFormat};
 use crate::policy::{DatasetInfo, GateInfo, Policy, RecipeKnobs, Settings};
 use crate::registry::{Manifest, Registry};
 use crate::store::{Query, Store};
@@ -40,6 +40,10 @@ pub struct Context<'a> {
     pub view: &'a View,
     /// The untrained base, and the student in service if there is one.
     pub base: &'a Arc<Student>,
+    /// Where the base's weights are, for a model in service has them packed.
+    pub base_dir: &'a Path,
+    /// Numbers in which the candidate is judged and served.
+    pub weights: WeightFormat,
     pub base_digest: &'a str,
     pub base_name: &'a str,
     pub incumbent: Option<&'a Arc<Student>>,
@@ -148,7 +152,11 @@ pub fn run(
         (true, Some(student)) => student,
         _ => context.base,
     };
-    let config = &start.model.config;
+    let start_model = match start.version {
+        0 => context.registry.load_base(context.base_dir)?.0,
+        version => context.registry.load(version)?.1,
+    };
+    let config = &start_model.config;
     let plan = plan(context, order, config, &data, kept as usize)?;
     let train: Vec<train::Sample> = data
         .train
@@ -163,7 +171,7 @@ pub fn run(
     let samples = train.len() as u64;
     let trained = train::fit(
         &pool,
-        &start.model,
+        &start_model,
         &train,
         &held_out,
         &data.hash,
@@ -198,10 +206,12 @@ pub fn run(
     write_json(&dir.join("curve.json"), &trained.curve)?;
     let version = context.registry.next_version()?;
     let held_out_loss = trained.curve.last().and_then(|p| p.held_out_loss);
+    // What is judged is what will be served.
+    let served = trained.model.clone().packed(context.weights);
     let mut candidate = Student {
         id: String::new(),
         version,
-        model: Arc::new(trained.model),
+        model: Arc::new(served.sharing(&context.base.model)),
         chat: context.base.chat.clone(),
         view: context.view.clone(),
         tool_names: tool_names.clone(),
@@ -282,10 +292,12 @@ pub fn run(
         created_at_ms: context.now_ms,
         ..Manifest::default()
     };
-    let manifest =
-        context
-            .registry
-            .save(&shared.model, trained.lora.as_ref(), &shared.chat, manifest)?;
+    let manifest = context.registry.save(
+        &trained.model,
+        trained.lora.as_ref(),
+        &shared.chat,
+        manifest,
+    )?;
     candidate = Student {
         id: manifest.id.clone(),
         version,

@@ -23,7 +23,7 @@ pub(super) fn bf16_bits(x: f32) -> u16 {
 }
 
 /// Packed pairs, aligned to cache lines. A pair is the bf16 of an even k in the low half of a word, that of the next k in the high half.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 #[repr(C, align(64))]
 pub(super) struct Line([u32; 16]);
 

@@ -19,6 +19,7 @@ const PARTS_PER_THREAD: usize = 4;
 /// A weight (n, k) rounded to bf16, as [n / 32][k / 2][32][2]: panels of 32 rows, in each the pairs along k of all rows side by side.
 ///
 /// The last panel is filled up with zero rows, an odd k with a zero.
+#[derive(PartialEq)]
 pub struct PackedBf16 {
     lines: Vec<Line>,
     n: usize,

@@ -429,6 +429,8 @@ impl Inner {
             settings: &loaded.settings,
             view: &loaded.view,
             base: &base.student,
+            base_dir: &base.dir,
+            weights: self.weights,
             base_digest: &base.digest,
             base_name: &base.name,
             incumbent: incumbent.as_ref(),

@@ -25,6 +25,7 @@ use crate::calls::CallFormat;
 use crate::episode::EpisodeId;
 use crate::generate::{Engine, EngineOptions, Student};
 use crate::limits;
+use crate::model::WeightFormat;
 use crate::policy::{Policy, PolicyId, Settings, TeacherFirst};
 use crate::registry::Registry;
 use crate::store::{spawn_quiet, Store, StoreOptions};
@@ -63,6 +64,7 @@ impl Loaded {
 
 struct Base {
     student: Arc<Student>,
+    dir: PathBuf,
     digest: String,
     name: String,
 }
@@ -79,6 +81,7 @@ struct Inner {
     events: Arc<Events>,
     jobs: Mutex<jobs::Jobs>,
     train_threads: usize,
+    weights: WeightFormat,
     no_learning: bool,
     closed: AtomicBool,
     busy: AtomicU64,
@@ -124,7 +127,7 @@ impl Locum {
                 let student = Arc::new(Student {
                     id: format!("base-{}", &digest[..digest.len().min(12)]),
                     version: 0,
-                    model: Arc::new(model),
+                    model: Arc::new(model.packed(options.weights)),
                     chat: Arc::new(chat),
                     view: loaded.view.clone(),
                     tool_names: Default::default(),
@@ -132,6 +135,7 @@ impl Locum {
                 });
                 base = Some(Base {
                     student,
+                    dir,
                     digest,
                     name,
                 });
@@ -162,6 +166,7 @@ impl Locum {
             events,
             jobs: Mutex::default(),
             train_threads: count(options.train_threads),
+            weights: options.weights,
             no_learning: options.no_learning,
             closed: AtomicBool::new(false),
             busy: AtomicU64::new(0),

@@ -244,19 +244,8 @@ impl Inner {
             });
         }
         let base = self.base.as_ref().ok_or(Error::NoModel)?;
-        let (manifest, mut model, chat) = self.registry.load(version)?;
-        for (id, param) in model.weights.params.iter_mut() {
-            if let Some(own) = base
-                .student
-                .model
-                .weights
-                .params
-                .get(id)
-                .filter(|own| ***own == **param)
-            {
-                *param = own.clone();
-            }
-        }
+        let (manifest, model, chat) = self.registry.load(version)?;
+        let model = model.packed(self.weights).sharing(&base.student.model);
         let exact = manifest
             .evaluation
             .pointer("/candidate")

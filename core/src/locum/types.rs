@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::episode::{Actor, Agent, EpisodeId, Task, ToolCall, ToolSpec};
+use crate::model::WeightFormat;
 use crate::policy::{HookStats, Policy, Who};
 
 /// How to open a store. `Default` is what most hosts want.
@@ -30,6 +31,8 @@ pub struct Options {
     pub max_disk_bytes: u64,
     /// Bytes for KV caches kept for prefix reuse; 0 = the default limit.
     pub max_cache_bytes: usize,
+    /// Numbers in which models in service keep their weights.
+    pub weights: WeightFormat,
 }
 
 /// What is known of an episode when it begins.

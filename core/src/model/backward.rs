@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::config::Architecture;
-use super::forward::{product, BlockTape, PackedRows, Tape};
+use super::forward::{BlockTape, PackedRows, Tape};
 use super::params::LayerParam::{self, *};
 use super::{Lora, Model, ParamId};
 use crate::kernels::{
@@ -96,7 +96,6 @@ impl Model {
         let (d, v) = (self.config.hidden_size, self.config.vocab_size);
         let norm = self.param(ParamId::FinalNorm);
         let head_id = self.head_id();
-        let head = self.param(head_id);
         let mut total = HeadLoss::default();
         for from in (0..rows.len()).step_by(HEAD_ROWS) {
             let n = HEAD_ROWS.min(rows.len() - from);
@@ -107,7 +106,7 @@ impl Model {
             let mut normed = vec![0.0; n * d];
             rms_norm(Some(pool), &x, norm, self.config.rms_norm_eps, &mut normed);
             let mut logits = vec![0.0; n * v];
-            product(pool, &normed, head, n, d, v, &mut logits);
+            self.multiply(pool, head_id, &normed, n, (d, v), &mut logits);
             let mut nll = vec![0f32; n];
             let mut best = vec![0u32; n];
             {
@@ -155,20 +154,18 @@ impl Model {
             };
             let dlogits = Mat::new(&logits, n, v);
             let mut dnormed = vec![0.0; n * d];
-            matmul(
-                Some(pool),
+            self.matmul(
+                pool,
                 dlogits,
-                Mat::new(head, v, d),
-                1.0,
+                Mat::new(self.param(head_id), v, d),
                 false,
                 MatMut::new(&mut dnormed, n, d),
             );
             if let Some(dhead) = grads.map.get_mut(&TrainId::Full(head_id)) {
-                matmul(
-                    Some(pool),
+                self.matmul(
+                    pool,
                     dlogits.t(),
                     Mat::new(&normed, n, d),
-                    1.0,
                     true,
                     MatMut::new(dhead, v, d),
                 );
@@ -376,20 +373,18 @@ impl LinearBackward<'_> {
         let (t, pool) = (self.t, Some(self.pool));
         let w = self.model.param(ParamId::Layer(self.layer as u16, which));
         let (x_mat, dy_mat) = (Mat::new(x, t, width), Mat::new(dy, t, out));
-        matmul(
-            pool,
+        self.model.matmul(
+            self.pool,
             dy_mat,
             Mat::new(w, out, width),
-            1.0,
             accumulate,
             MatMut::new(dx, t, width),
         );
         if let Some(dw) = grads.full(self.layer, which) {
-            matmul(
-                pool,
+            self.model.matmul(
+                self.pool,
                 dy_mat.t(),
                 x_mat,
-                1.0,
                 true,
                 MatMut::new(dw, out, width),
             );

@@ -84,14 +84,16 @@ impl Model {
     /// [`ModelError::Token`] for an id outside the vocabulary.
     pub fn embed(&self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
         let (d, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
-        let table = self.param(ParamId::Embed);
-        let mut x = Vec::with_capacity(ids.len() * d);
-        for &token in ids {
+        let mut x = vec![0.0; ids.len() * d];
+        for (&token, row) in ids.iter().zip(x.chunks_exact_mut(d)) {
             let at = token as usize;
             if at >= vocab_size {
                 return Err(ModelError::Token { token, vocab_size });
             }
-            x.extend_from_slice(&table[at * d..(at + 1) * d]);
+            match self.packed.get(&ParamId::Embed) {
+                Some(packed) => packed.row(at, row),
+                None => row.copy_from_slice(&self.param(ParamId::Embed)[at * d..(at + 1) * d]),
+            }
         }
         Ok(x)
     }
@@ -189,13 +191,12 @@ impl Model {
             &mut normed,
         );
         let mut logits = vec![0.0; rows.len() * v];
-        product(
+        self.multiply(
             pool,
+            self.head_id(),
             &normed,
-            self.param(self.head_id()),
             rows.len(),
-            d,
-            v,
+            (d, v),
             &mut logits,
         );
         logits
@@ -227,7 +228,8 @@ impl Model {
         let p = |which: LayerParam| self.param(ParamId::Layer(layer as u16, which));
         let linear = |which: LayerParam, x: &[f32], width: usize, out: usize| {
             let mut y = vec![0.0; t * out];
-            product(pool, x, p(which), t, width, out, &mut y);
+            let id = ParamId::Layer(layer as u16, which);
+            self.multiply(pool, id, x, t, (width, out), &mut y);
             if let Some((lora, (a, b))) =
                 lora.and_then(|l| Some((l, l.pairs.get(&(layer as u16, which))?)))
             {
@@ -325,21 +327,15 @@ impl Model {
                 let mut y = vec![0.0; t * d];
                 let mut row = 0;
                 for (sequence, new) in batch.iter() {
-                    let w = sequence
-                        .fast
-                        .down
-                        .get(&(layer as u16))
-                        .map_or(p(Down), |w| w.as_slice());
                     let n = new.len();
-                    product(
-                        pool,
-                        &act[row * f..(row + n) * f],
-                        w,
-                        n,
-                        f,
-                        d,
-                        &mut y[row * d..(row + n) * d],
-                    );
+                    let (act, y) = (&act[row * f..(row + n) * f], &mut y[row * d..(row + n) * d]);
+                    match sequence.fast.down.get(&(layer as u16)) {
+                        Some(own) => product(pool, act, own, n, f, d, y),
+                        None => {
+                            let id = ParamId::Layer(layer as u16, Down);
+                            self.multiply(pool, id, act, n, (f, d), y)
+                        }
+                    }
                     row += n;
                 }
                 y

@@ -8,11 +8,13 @@ mod backward;
 mod config;
 mod forward;
 mod lora;
+mod packed;
 mod params;
 mod sequence;
 mod tiny;
 mod weights;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +22,7 @@ pub use backward::{Grads, HeadLoss, TrainId};
 pub use config::{Architecture, Config, Llama3Scaling};
 pub use forward::{PackedRows, Tape};
 pub use lora::{AdapterConfig, Lora};
+pub use packed::{Compute, WeightFormat};
 pub use params::{LayerParam, ParamId, LINEARS};
 pub use sequence::{FastWeights, KvCache, Sequence};
 pub use tiny::{write_tiny, TINY_CHARS};
@@ -71,6 +74,9 @@ impl ModelError {
 pub struct Model {
     pub config: Config,
     pub weights: Weights,
+    /// In which numbers products of many rows are computed, where the weights are not packed.
+    pub compute: Compute,
+    packed: Arc<BTreeMap<ParamId, Arc<packed::Packed>>>,
     rope: Arc<RopeTable>,
 }
 
@@ -101,6 +107,8 @@ impl Model {
         Ok(Self {
             config,
             weights,
+            compute: Compute::default(),
+            packed: Arc::default(),
             rope,
         })
     }
@@ -113,7 +121,11 @@ impl Model {
     }
 
     /// Writes `config.json` and `model.safetensors` into a folder that exists.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] as it comes, [`ModelError::Unsupported`] for a model packed for serving.
     pub fn save(&self, dir: &Path, dtype: FileDtype) -> Result<(), ModelError> {
+        self.check_plain()?;
         let mut raw = self.config.raw.clone();
         let name = match dtype {
             FileDtype::F32 => "float32",

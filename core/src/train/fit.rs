@@ -196,6 +196,7 @@ pub fn fit(
         model: base.clone(),
         lora,
     };
+    trainee.model.compute = plan.compute;
     let mut adam = AdamW::new(&trainable, plan.weight_decay);
     let mut state = State {
         plan: Some(plan.clone()),
@@ -317,10 +318,11 @@ pub fn fit(
             trainee.with(id, &mut |w| w.copy_from_slice(&data));
         }
     }
-    let model = match &trainee.lora {
+    let mut model = match &trainee.lora {
         Some(lora) => lora.merge(pool, &trainee.model),
         None => trainee.model.clone(),
     };
+    model.compute = base.compute;
     let lr = schedule.lr(state.step, 1.0);
     let last = match held_out.is_empty() {
         true => None,

@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use crate::model::{Config, LayerParam, ParamId, TrainId, LINEARS};
+use crate::kernels::features;
+use crate::model::{Compute, Config, LayerParam, ParamId, TrainId, LINEARS};
 use crate::policy::RecipeKnobs;
 
 /// Which tensors move.
@@ -47,6 +48,9 @@ pub struct TrainPlan {
     pub cache_bytes: usize,
     /// Seconds between checkpoints.
     pub checkpoint_seconds: f64,
+    /// In which numbers products are computed; weights, moments and sums are `f32` all the same.
+    #[serde(default)]
+    pub compute: Compute,
 }
 
 impl Default for TrainPlan {
@@ -67,6 +71,7 @@ impl Default for TrainPlan {
             seed: 0,
             cache_bytes: 2 << 30,
             checkpoint_seconds: 45.0,
+            compute: Compute::F32,
         }
     }
 }
@@ -75,7 +80,7 @@ impl TrainPlan {
     /// The built-in recipe with a policy's or a caller's knobs turned, each clamped to what cannot do harm.
     ///
     /// # Errors
-    /// [`TrainError::Plan`] for an unknown method.
+    /// [`TrainError::Plan`] for an unknown method or numbers.
     pub fn from_knobs(
         config: &Config,
         dataset_tokens: usize,
@@ -126,6 +131,16 @@ impl TrainPlan {
         plan.trim_below = knobs.trim_below.unwrap_or(plan.trim_below).clamp(0.0, 0.9);
         plan.patience = knobs.patience.unwrap_or(0);
         plan.seed = knobs.seed.unwrap_or(0);
+        plan.compute = match knobs.compute.as_deref() {
+            None if features().avx512_bf16_full_rate => Compute::Bf16,
+            None | Some("f32") => Compute::F32,
+            Some("bf16") => Compute::Bf16,
+            Some(other) => {
+                return Err(TrainError::Plan(format!(
+                    "compute {other:?} is neither bf16 nor f32"
+                )))
+            }
+        };
         Ok(plan)
     }
 

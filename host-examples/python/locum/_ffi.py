@@ -92,6 +92,7 @@ class Options(_Sized):
         ("store_dir", Str), ("policy_path", Str), ("base_model_dir", Str),
         ("worker_threads", c_uint32), ("train_threads", c_uint32),
         ("max_disk_bytes", c_uint64), ("max_cache_bytes", c_uint64),
+        ("weights", c_int32), ("reserved", c_uint32),
     ]  # fmt: skip
 
 

@@ -30,6 +30,10 @@ T = TypeVar("T")
 PathLike = str | os.PathLike[str]
 
 
+# Values of `weights`, in the order of LOCUM_WEIGHTS_*.
+WEIGHTS = ("f32", "bf16", "q8", "q4")
+
+
 class Locum:
     """An open store with its policy, engine and students.
 
@@ -39,6 +43,8 @@ class Locum:
     - `policy`: a Luau policy file; None for the built-in default.
     - `base_model`: Hugging Face folder that students start from; None for the one imported into the store.
     - `threads`, `train_threads`: 0 for as many as the machine has cores.
+    - `weights`: numbers in which models in service keep their weights: "bf16", what a student's file holds; "q8" and "q4" are smaller and
+      faster and may answer a little differently; "f32". Another word raises `ArgumentError`.
     - `learn`: False records and serves but starts no distillation in this process; `load_model`: False only records;
       `read_only` only looks.
     - `library`: the shared library; None to find it (see `locum.find_library`).
@@ -57,6 +63,7 @@ class Locum:
         train_threads: int = 0,
         max_disk_bytes: int = 0,
         max_cache_bytes: int = 0,
+        weights: str = "bf16",
         learn: bool = True,
         load_model: bool = True,
         read_only: bool = False,
@@ -74,6 +81,7 @@ class Locum:
             "train_threads": train_threads,
             "max_disk_bytes": max_disk_bytes,
             "max_cache_bytes": max_cache_bytes,
+            "weights": WEIGHTS.index(weights) + 1 if weights in WEIGHTS else -1,
         }
         self._library_path = library
         self._opening = threading.Lock()
@@ -215,7 +223,7 @@ class Locum:
         """Starts a distillation in the background and returns at once; it survives the process.
 
         Options, all with defaults from the policy: `method` ("upper", "lora" or "full"), `tokens`, `max_seconds`, `epochs`,
-        `lr`, `rank`, `alpha`, `upper_layers`, `batch_tokens`, `warmup_steps`, `weight_decay`, `patience`, `seed`,
+        `lr`, `rank`, `alpha`, `upper_layers`, `batch_tokens`, `warmup_steps`, `weight_decay`, `patience`, `seed`, `compute`,
         `continue_student` (True starts from the promoted student), `unfiltered` (True trains on everything, for comparison),
         `promote` ("auto", or "never": only stored).
         Raises `Busy` if one is running, `ModelError` if there is no base model.

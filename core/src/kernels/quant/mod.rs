@@ -40,12 +40,12 @@ const MIN_SHARED_WORK: usize = 1 << 17;
 const MAGIC: f32 = 12_582_912.0;
 
 /// One cache line of codes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 #[repr(C, align(64))]
 struct CodeLine([u8; 64]);
 
 /// One cache line of scales.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 #[repr(C, align(64))]
 struct ScaleLine([f16; 32]);
 
@@ -57,6 +57,7 @@ type Kernel<const BITS: usize> =
     unsafe fn(&Packed<BITS>, usize, usize, &[Block], usize, usize, &mut Tile);
 
 /// A weight of `BITS` bits an element, 8 or 4: see [`PackedQ8`] and [`PackedQ4`].
+#[derive(PartialEq)]
 pub struct Packed<const BITS: usize> {
     n: usize,
     k: usize,

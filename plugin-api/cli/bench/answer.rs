@@ -1,9 +1,9 @@
-//! `locum bench`: how fast the base model reads and answers here, through the same door as a host.
+//! `locum bench answer`: how fast the base model reads and answers, through the same door as a host.
 
 use std::time::Duration;
 
 use locum_core::episode::{Task, ToolSpec};
-use locum_core::locum::{EpisodeStart, Locum, Pin, Request};
+use locum_core::locum::{EpisodeStart, Locum, Options, Pin, Request};
 use locum_core::report::machine;
 use serde_json::json;
 
@@ -14,16 +14,6 @@ use crate::Place;
 /// Longest wait for one answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
-#[derive(clap::Args)]
-pub struct Args {
-    /// Answers to time; one more goes before them
-    #[arg(long, default_value_t = 9)]
-    runs: usize,
-    /// Tokens of each answer at most
-    #[arg(long, default_value_t = 64)]
-    reply_tokens: u32,
-}
-
 /// One timed answer.
 struct Timed {
     prompt: usize,
@@ -32,8 +22,16 @@ struct Timed {
     decode_ms: f64,
 }
 
-pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
-    let locum = place.locum(None, true)?;
+pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
+    place.must_exist()?;
+    let locum = Locum::open(Options {
+        store_dir: place.dir.clone(),
+        base: args.model.clone(),
+        threads: args.threads,
+        no_learning: true,
+        weights: args.weights.first().copied().unwrap_or_default().into(),
+        ..Options::default()
+    })?;
     if locum.stats().base.is_none() {
         return Err(Fail::Missing {
             what: "there is no base model to time".into(),
@@ -42,7 +40,7 @@ pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
     }
     locum.use_student_here(Pin::Base)?;
     let timed = (0..=args.runs)
-        .map(|run| answer(&locum, run, args.reply_tokens))
+        .map(|run| answer(&locum, run, args.reply_tokens()))
         .collect::<Result<Vec<_>, _>>();
     // The first answer warms caches and clocks.
     let timed = &timed?[1..];

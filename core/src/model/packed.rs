@@ -1,0 +1,265 @@
+//! How a model in service keeps its matrices, and how it multiplies by them.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::forward::product;
+use super::{Model, ModelError, ParamId, LINEARS};
+use crate::kernels::{matmul_bf16, Mat, MatMut, PackedBf16, PackedQ4, PackedQ8, Pool};
+
+/// Numbers in which a model in service keeps its matrices. Norms are always `f32`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightFormat {
+    F32,
+    /// What a student's file holds, so nothing is lost.
+    #[default]
+    Bf16,
+    /// 8 bits and a scale for each 32 numbers.
+    Q8,
+    /// 4 bits, a scale and a minimum for each 32 numbers; the head, which is the embedding too where they are tied, in 8 bits.
+    Q4,
+}
+
+impl WeightFormat {
+    /// All of them, most exact first.
+    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Q8, Self::Q4];
+
+    /// The name used in options: `f32`, `bf16`, `q8`, `q4`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+        }
+    }
+}
+
+/// In which numbers products of many rows are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compute {
+    #[default]
+    F32,
+    /// Operands rounded to bf16, sums in `f32`, where the processor is faster at that; weights stay `f32`.
+    Bf16,
+}
+
+/// A matrix (out, in) packed for serving.
+#[derive(PartialEq)]
+pub(super) enum Packed {
+    Bf16(PackedBf16),
+    Q8(PackedQ8),
+    Q4(PackedQ4),
+}
+
+impl Packed {
+    fn new(format: WeightFormat, w: &[f32], rows: usize, cols: usize) -> Option<Self> {
+        Some(match format {
+            WeightFormat::F32 => return None,
+            WeightFormat::Bf16 => Self::Bf16(PackedBf16::new(w, rows, cols)),
+            WeightFormat::Q8 => Self::Q8(PackedQ8::new(w, rows, cols)),
+            WeightFormat::Q4 => Self::Q4(PackedQ4::new(w, rows, cols)),
+        })
+    }
+
+    fn product(&self, pool: &Pool, x: &[f32], t: usize, y: &mut [f32]) {
+        match self {
+            Self::Bf16(w) => w.product(Some(pool), x, t, y),
+            Self::Q8(w) => w.product(Some(pool), x, t, y),
+            Self::Q4(w) => w.product(Some(pool), x, t, y),
+        }
+    }
+
+    pub fn row(&self, i: usize, out: &mut [f32]) {
+        match self {
+            Self::Bf16(w) => w.row(i, out),
+            Self::Q8(w) => w.row(i, out),
+            Self::Q4(w) => w.row(i, out),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Bf16(w) => w.bytes(),
+            Self::Q8(w) => w.bytes(),
+            Self::Q4(w) => w.bytes(),
+        }
+    }
+}
+
+impl Model {
+    /// The model for serving: its matrices in `format`, in the order in which products read them, and no longer in `f32`. It runs
+    /// forward only; it can be neither trained nor saved.
+    pub fn packed(mut self, format: WeightFormat) -> Self {
+        let mut ids: Vec<ParamId> = (0..self.config.num_hidden_layers as u16)
+            .flat_map(|layer| LINEARS.map(|p| ParamId::Layer(layer, p)))
+            .collect();
+        ids.push(ParamId::Embed);
+        ids.push(self.head_id());
+        let mut packed = (*self.packed).clone();
+        for id in ids {
+            // The head comes last and may be the embedding, which is done by then.
+            let Some(w) = self.weights.params.get(&id) else {
+                continue;
+            };
+            let format = match (format, id) {
+                (WeightFormat::Q4, ParamId::Embed | ParamId::Head) => WeightFormat::Q8,
+                _ => format,
+            };
+            let shape = id.shape(&self.config);
+            if let Some(new) = Packed::new(format, w, shape[0], shape[1]) {
+                packed.insert(id, Arc::new(new));
+                self.weights.params.remove(&id);
+            }
+        }
+        self.packed = Arc::new(packed);
+        self
+    }
+
+    /// The same model, with every tensor that equals the other's taken from there, so that it is in memory and in caches once.
+    pub fn sharing(mut self, other: &Model) -> Self {
+        for (id, param) in self.weights.params.iter_mut() {
+            if let Some(same) = other.weights.params.get(id).filter(|o| ***o == **param) {
+                *param = same.clone();
+            }
+        }
+        for (id, own) in Arc::make_mut(&mut self.packed) {
+            if let Some(same) = other.packed.get(id).filter(|o| ***o == **own) {
+                *own = same.clone();
+            }
+        }
+        self
+    }
+
+    /// Bytes of all weights in memory.
+    pub fn weight_bytes(&self) -> usize {
+        let plain: usize = self.weights.params.values().map(|p| 4 * p.len()).sum();
+        plain + self.packed.values().map(|p| p.bytes()).sum::<usize>()
+    }
+
+    /// # Errors
+    /// [`ModelError::Unsupported`] for a packed model.
+    pub(super) fn check_plain(&self) -> Result<(), ModelError> {
+        match self.packed.is_empty() {
+            true => Ok(()),
+            false => Err(ModelError::Unsupported(
+                "its weights are packed for serving, and this needs them as they were trained"
+                    .into(),
+            )),
+        }
+    }
+
+    /// `y = x wᵀ` for the matrix `id`: x (t, width), y (t, out).
+    pub(super) fn multiply(
+        &self,
+        pool: &Pool,
+        id: ParamId,
+        x: &[f32],
+        t: usize,
+        (width, out): (usize, usize),
+        y: &mut [f32],
+    ) {
+        match self.packed.get(&id) {
+            Some(packed) => packed.product(pool, x, t, y),
+            None => match self.compute {
+                Compute::F32 => product(pool, x, self.param(id), t, width, out, y),
+                Compute::Bf16 => matmul_bf16(
+                    Some(pool),
+                    Mat::new(x, t, width),
+                    Mat::new(self.param(id), out, width).t(),
+                    1.0,
+                    false,
+                    MatMut::new(y, t, out),
+                ),
+            },
+        }
+    }
+
+    /// `out = a b` or `out += a b` in the model's [`Compute`].
+    pub(super) fn matmul(&self, pool: &Pool, a: Mat, b: Mat, accumulate: bool, out: MatMut) {
+        match self.compute {
+            Compute::F32 => crate::kernels::matmul(Some(pool), a, b, 1.0, accumulate, out),
+            Compute::Bf16 => matmul_bf16(Some(pool), a, b, 1.0, accumulate, out),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{write_tiny, FileDtype, Sequence};
+    use super::*;
+
+    fn tiny() -> (tempfile::TempDir, Model) {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), 3).unwrap();
+        let mut model = Model::load(dir.path()).unwrap();
+        model.round_to_bf16();
+        (dir, model)
+    }
+
+    /// Logits of every row of a prompt, then of three tokens one by one.
+    fn logits(model: &Model) -> Vec<f32> {
+        let pool = Pool::new(2, 0);
+        let ids: Vec<u32> = (0..40).map(|i| 3 + i * 7 % 50).collect();
+        let mut sequence = Sequence::new(&model.config, 64);
+        let mut all = Vec::new();
+        let hidden = model.step(&pool, &mut [(&mut sequence, &ids)]).unwrap();
+        all.extend(model.logits(&pool, &hidden, &(0..ids.len()).collect::<Vec<_>>()));
+        for id in [5, 9, 13] {
+            let hidden = model.step(&pool, &mut [(&mut sequence, &[id])]).unwrap();
+            all.extend(model.logits(&pool, &hidden, &[0]));
+        }
+        all
+    }
+
+    #[test]
+    fn packed_weights_change_the_logits_by_no_more_than_their_rounding() {
+        let (_dir, model) = tiny();
+        let want = logits(&model);
+        let size = (want.iter().map(|x| x * x).sum::<f32>() / want.len() as f32).sqrt();
+        let mut before = f32::INFINITY;
+        for (format, limit) in [
+            (WeightFormat::Q4, 0.25),
+            (WeightFormat::Q8, 0.03),
+            (WeightFormat::Bf16, 0.02),
+            (WeightFormat::F32, 0.0),
+        ] {
+            let packed = model.clone().packed(format);
+            let got = logits(&packed);
+            let error = got
+                .iter()
+                .zip(&want)
+                .map(|(a, b)| (a - b).powi(2))
+                .sum::<f32>();
+            let error = (error / want.len() as f32).sqrt() / size;
+            assert!(error <= limit, "{format:?}: {error}");
+            assert!(
+                error <= before,
+                "{format:?} is worse than the format with fewer bits: {error}, {before}"
+            );
+            before = error;
+            assert!(format == WeightFormat::F32 || packed.weight_bytes() < model.weight_bytes());
+        }
+    }
+
+    #[test]
+    fn a_packed_model_shares_what_is_equal_and_cannot_be_saved() {
+        let (dir, model) = tiny();
+        let base = model.clone().packed(WeightFormat::Bf16);
+        let mut changed = model.clone();
+        let id = ParamId::Layer(1, crate::model::LayerParam::Up);
+        Arc::make_mut(changed.weights.params.get_mut(&id).unwrap())[0] += 1.0;
+        let student = changed.packed(WeightFormat::Bf16).sharing(&base);
+        for (key, own) in student.packed.iter() {
+            assert_eq!(Arc::ptr_eq(own, &base.packed[key]), *key != id, "{key:?}");
+        }
+        let refused = base.save(dir.path(), FileDtype::Bf16).unwrap_err();
+        assert!(
+            refused.to_string().contains("packed for serving"),
+            "{refused}"
+        );
+    }
+}

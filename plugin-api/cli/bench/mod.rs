@@ -1,0 +1,214 @@
+//! `locum bench`: how fast a model reads, answers and learns on this machine, and what fewer bits cost.
+
+mod answer;
+mod engine;
+mod quality;
+mod train;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::ValueEnum;
+use locum_core::chat::Chat;
+use locum_core::error::Error;
+use locum_core::kernels::{features, Pool};
+use locum_core::model::{Model, WeightFormat};
+use locum_core::registry::Registry;
+use locum_core::view::View;
+
+use crate::fail::Fail;
+use crate::out::Out;
+use crate::Place;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// What to time; without it prefill, decode and batch
+    #[arg(value_enum)]
+    what: Option<What>,
+    /// Hugging Face folder of the model; the store's base model if not given
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// This student of the store instead of a base model
+    #[arg(long, value_name = "VERSION", conflicts_with = "model")]
+    student: Option<u64>,
+    /// Numbers in which the weights are kept; may be given several times
+    #[arg(long, value_enum)]
+    weights: Vec<Weights>,
+    /// Threads that compute; 0 = as many as there are cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Tokens of a prompt, or of an answer
+    #[arg(long)]
+    tokens: Option<usize>,
+    /// Times to measure; one more goes before them
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// What `train` trains
+    #[arg(long, value_enum, default_value = "lora")]
+    method: train::Method,
+    /// Numbers of the products in `train`: bf16 by itself where the processor is faster at it
+    #[arg(long, value_parser = ["bf16", "f32"])]
+    compute: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum What {
+    /// Reading a prompt of 512 tokens
+    Prefill,
+    /// Writing 128 tokens, one at a time
+    Decode,
+    /// Eight answers at once, 128 tokens read and 64 written each
+    Batch,
+    /// Training on 4 x 512 tokens a step
+    Train,
+    /// Answers through the same door as a host
+    Answer,
+    /// What each kind of weights changes in the answers to recorded steps
+    Quality,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Weights {
+    F32,
+    Bf16,
+    Q8,
+    Q4,
+}
+
+impl From<Weights> for WeightFormat {
+    fn from(weights: Weights) -> Self {
+        match weights {
+            Weights::F32 => Self::F32,
+            Weights::Bf16 => Self::Bf16,
+            Weights::Q8 => Self::Q8,
+            Weights::Q4 => Self::Q4,
+        }
+    }
+}
+
+impl Default for Weights {
+    fn default() -> Self {
+        Self::Bf16
+    }
+}
+
+pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
+    match args.what {
+        Some(What::Answer) => answer::run(&args, place, out),
+        Some(What::Quality) => quality::run(&args, place, out),
+        Some(What::Train) => train::run(&args, place, out),
+        _ => engine::run(&args, place, out),
+    }
+}
+
+impl Args {
+    fn threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        match self.threads {
+            0 => cores,
+            n => n.min(256),
+        }
+    }
+
+    fn pool(&self) -> Pool {
+        Pool::new(self.threads(), 0)
+    }
+
+    fn reply_tokens(&self) -> u32 {
+        self.tokens.unwrap_or(64).min(4096) as u32
+    }
+
+    fn formats(&self, otherwise: &[Weights]) -> Vec<WeightFormat> {
+        let asked = match self.weights.is_empty() {
+            true => otherwise,
+            false => &self.weights,
+        };
+        asked.iter().map(|w| (*w).into()).collect()
+    }
+
+    /// The model to time, in `f32`.
+    fn load(&self, place: &Place) -> Result<Loaded, Fail> {
+        if let Some(dir) = &self.model {
+            return Ok(Loaded {
+                model: Model::load(dir)?,
+                chat: Chat::load(dir).map_err(Error::from)?,
+                name: dir.display().to_string(),
+                view: None,
+            });
+        }
+        place.must_exist()?;
+        let registry = Registry::open(&place.dir)?;
+        if let Some(version) = self.student {
+            let (manifest, model, chat) = registry.load(version)?;
+            return Ok(Loaded {
+                model,
+                chat,
+                name: format!("student {version} ({})", manifest.id),
+                view: Some(manifest.view),
+            });
+        }
+        let dir = registry.base_dir(None)?.ok_or(Fail::Missing {
+            what: "there is no base model to time".into(),
+            next: "Import one with `locum model import FILE_OR_DIR`, or name a folder with --model.",
+        })?;
+        let (model, chat, _) = registry.load_base(&dir)?;
+        Ok(Loaded {
+            model,
+            chat,
+            name: dir.display().to_string(),
+            view: None,
+        })
+    }
+}
+
+struct Loaded {
+    model: Model,
+    chat: Chat,
+    name: String,
+    /// The view it learned under; absent for a base model.
+    view: Option<View>,
+}
+
+/// Seconds of `runs` calls after one that warms caches and clocks, in ascending order.
+fn timed(runs: usize, mut body: impl FnMut()) -> Vec<f64> {
+    body();
+    let mut seconds: Vec<f64> = (0..runs.max(1))
+        .map(|_| {
+            let began = Instant::now();
+            body();
+            began.elapsed().as_secs_f64()
+        })
+        .collect();
+    seconds.sort_by(f64::total_cmp);
+    seconds
+}
+
+fn median(sorted: &[f64]) -> f64 {
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// The kernels that a format uses here.
+fn path(format: WeightFormat) -> &'static str {
+    let f = features();
+    match format {
+        WeightFormat::F32 if f.avx512 => "f32, AVX-512",
+        WeightFormat::F32 if f.avx2_fma => "f32, AVX2",
+        WeightFormat::Bf16 if f.avx512_bf16_full_rate => "bf16, VDPBF16PS",
+        WeightFormat::Bf16 if f.avx512 => "bf16 widened, AVX-512",
+        WeightFormat::Bf16 if f.avx2_fma => "bf16 widened, AVX2",
+        WeightFormat::Q8 | WeightFormat::Q4 if f.avx512_vnni => "int8, AVX-512 VNNI",
+        WeightFormat::Q8 | WeightFormat::Q4 if f.avx2_fma => "int8, AVX2",
+        _ => "scalar",
+    }
+}
+
+/// Most memory this process has had so far, in bytes; 0 where the system does not say.
+fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmHWM:"))
+        .and_then(|rest| rest.trim().split(' ').next()?.parse::<u64>().ok())
+        .unwrap_or(0)
+        * 1024
+}
