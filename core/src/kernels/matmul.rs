@@ -6,11 +6,11 @@ use super::simd;
 /// A strided matrix to read: element (r, c) stands at `data[r * row_stride + c * col_stride]`.
 #[derive(Clone, Copy)]
 pub struct Mat<'a> {
-    data: &'a [f32],
+    pub(super) data: &'a [f32],
     pub rows: usize,
     pub cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
 }
 
 impl<'a> Mat<'a> {
@@ -54,10 +54,10 @@ impl<'a> Mat<'a> {
 
 /// A row-major matrix to write, possibly inside a wider buffer.
 pub struct MatMut<'a> {
-    data: &'a mut [f32],
+    pub(super) data: &'a mut [f32],
     pub rows: usize,
     pub cols: usize,
-    stride: usize,
+    pub(super) stride: usize,
 }
 
 impl<'a> MatMut<'a> {

@@ -5,6 +5,9 @@
 //! nothing here spawns, and no other pool is touched.
 
 mod attention;
+mod bf16;
+#[cfg(target_arch = "x86_64")]
+mod bf16_x86;
 mod matmul;
 mod pointwise;
 mod pool;
@@ -12,6 +15,7 @@ mod random;
 mod simd;
 
 pub use attention::{attention, attention_backward, AttentionGrad, AttentionShape, Span};
+pub use bf16::{matmul_bf16, round_bf16};
 pub use matmul::{matmul, matmul_nt_small, Mat, MatMut};
 pub use pointwise::{
     add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward,
