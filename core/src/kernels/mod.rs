@@ -9,6 +9,7 @@ mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod bf16_x86;
 mod matmul;
+mod packed;
 mod pointwise;
 mod pool;
 mod random;
@@ -17,6 +18,7 @@ mod simd;
 pub use attention::{attention, attention_backward, AttentionGrad, AttentionShape, Span};
 pub use bf16::{matmul_bf16, round_bf16};
 pub use matmul::{matmul, matmul_nt_small, Mat, MatMut};
+pub use packed::PackedBf16;
 pub use pointwise::{
     add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward,
     RopeTable,
