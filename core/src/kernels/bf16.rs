@@ -5,7 +5,6 @@
 
 use super::matmul::{matmul, Mat, MatMut};
 use super::pool::Pool;
-use super::simd;
 
 /// `x` rounded to the nearest bf16, ties to even. NaN stays NaN; what rounds beyond the largest bf16 becomes infinite.
 pub fn round_bf16(x: f32) -> f32 {
@@ -45,8 +44,8 @@ impl Line {
 /// Shapes: a (m, k), b (k, n), out (m, n).
 ///
 /// Rounding is to nearest even; NaN stays NaN, and numbers below 2⁻¹²⁶ count as 0, as VDPBF16PS has it. Where the processor has no
-/// AVX512_BF16 or runs it no faster ([`simd::Features::avx512_bf16_full_rate`]), and where the product is too small to pay for packing,
-/// this is [`matmul`], which rounds nothing: more exact, not less.
+/// AVX512_BF16 or runs it no faster ([`Features::avx512_bf16_full_rate`](super::Features)), and where the product is too small to pay
+/// for packing, this is [`matmul`], which rounds nothing: more exact, not less.
 /// A thread that calls it keeps a buffer of two bytes for each number of its largest `a`.
 ///
 /// # Panics
@@ -63,7 +62,7 @@ pub fn matmul_bf16(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: 
         out.cols
     );
     #[cfg(target_arch = "x86_64")]
-    if simd::features().avx512_bf16_full_rate && worth_packing(&a, &b) {
+    if super::simd::features().avx512_bf16_full_rate && worth_packing(&a, &b) {
         // SAFETY: the feature was detected, and the shapes fit.
         return unsafe { x86::product(pool, a, x86::Right::Strided(b), scale, accumulate, out) };
     }
@@ -100,7 +99,7 @@ pub(super) mod x86 {
     const THREADS_FROM: usize = 1 << 17;
     /// Fewest and most row panels that one part of the packing takes: where rows are the contiguous axis, neighbouring panels share
     /// cache lines and pages of the source, but each adds a place to write to.
-    const PANELS_PER_PART: (usize, usize) = (8, 32);
+    const PANELS_PER_PART: (usize, usize) = (3, 32);
 
     thread_local! {
         static LEFT: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
@@ -120,7 +119,7 @@ pub(super) mod x86 {
     pub(in super::super) enum Right<'a> {
         /// Packed panel by panel when it is needed.
         Strided(Mat<'a>),
-        /// Panels of `NR` columns and all of k: [n / 32][k / 2][32] pairs.
+        /// Panels of `NR` columns and all of k: `[n / 32][k / 2][32]` pairs.
         Packed(&'a [u32]),
     }
 
@@ -313,6 +312,7 @@ pub(super) mod tests {
 
     #[cfg(target_arch = "x86_64")]
     mod x86 {
+        use super::super::super::simd;
         use super::super::x86::{product, Right};
         use super::*;
 

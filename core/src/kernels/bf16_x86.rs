@@ -14,7 +14,7 @@ pub(super) const NR: usize = 32;
 /// Where the numbers to pack stand, and where the pairs go.
 ///
 /// Lane `l`, index `i` is read at `src + l * lane_stride + i * k_stride`, one of the strides being 1. Panels of `width` lanes are written
-/// one after the other to `dst`, each as [pairs][width]; the last is filled up with zero lanes, an odd `k` with a zero.
+/// one after the other to `dst`, each as `[pairs][width]`; the last is filled up with zero lanes, an odd `k` with a zero.
 pub(super) struct Packing {
     pub src: *const f32,
     pub lane_stride: usize,
@@ -219,6 +219,11 @@ pub(super) const MULTIPLY: [Multiply; MR] = [
     multiply::<14>,
 ];
 
+/// Up to this many rows the right panels come from memory faster than they are multiplied only if they are asked for ahead of time.
+const STREAMED_ROWS: usize = 8;
+/// How far ahead: 3 KiB. Panels lie one after the other, so this reaches into the next one.
+pub(super) const PREFETCH_WORDS: usize = 768;
+
 /// # Safety
 /// The processor has AVX512F, AVX512BW and AVX512_BF16; `a` has `n_pairs` x `R` words, `b` has `n_pairs` x [`NR`]; the tile's rows and
 /// columns, at most `R` and [`NR`], are writable and nobody else's.
@@ -226,8 +231,13 @@ pub(super) const MULTIPLY: [Multiply; MR] = [
 unsafe fn multiply<const R: usize>(n_pairs: usize, a: *const u32, b: *const u32, tile: &Tile) {
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for p in 0..n_pairs {
-        // SAFETY: p < n_pairs, and the caller gave the sizes of `a` and `b`.
+        // SAFETY: p < n_pairs, and the caller gave the sizes of `a` and `b`. A prefetch may point anywhere.
         unsafe {
+            if R <= STREAMED_ROWS {
+                let ahead = b.wrapping_add(p * NR + PREFETCH_WORDS);
+                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(16).cast());
+            }
             let b0 = pairs(_mm512_loadu_si512(b.add(p * NR).cast()));
             let b1 = pairs(_mm512_loadu_si512(b.add(p * NR + 16).cast()));
             for (r, sums) in sums.iter_mut().enumerate() {

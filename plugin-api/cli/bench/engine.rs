@@ -17,13 +17,22 @@ const SEQUENCES: usize = 8;
 /// Tokens read before each of them writes.
 const BATCH_PROMPT: usize = 128;
 
-pub fn run(args: &Args, Loaded, place: &Place, out: &Out) -> Result<(), Fail> {
+pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let Loaded { model, name, .. } = args.load(place)?;
     let pool = args.pool();
     let all = [What::Prefill, What::Decode, What::Batch];
     let whats = args.what.map_or(all.to_vec(), |w| vec![w]);
     let read_gb_s = read_bandwidth(&pool) / 1e9;
-    let mut table = Table::new(&["", "weights", ">tok/s", ">lowest", ">highest", ">MB", ">% of read limit", "kernels"]);
+    let mut table = Table::new(&[
+        "",
+        "weights",
+        ">tok/s",
+        ">lowest",
+        ">highest",
+        ">MB",
+        ">% of read limit",
+        "kernels",
+    ]);
     let mut rows = Vec::new();
     for format in args.formats(&[Weights::Bf16, Weights::Q8, Weights::Q4]) {
         let model = model.clone().packed(format);
@@ -36,7 +45,9 @@ pub fn run(args: &Args, Loaded, place: &Place, out: &Out) -> Result<(), Fail> {
                 format!("{:.0}", row["lowest"].as_f64().unwrap_or(0.0)),
                 format!("{:.0}", row["highest"].as_f64().unwrap_or(0.0)),
                 format!("{:.0}", model.weight_bytes() as f64 / 1e6),
-                row["read_share"].as_f64().map_or(String::new(), |s| format!("{:.0}", 100.0 * s)),
+                row["read_share"]
+                    .as_f64()
+                    .map_or(String::new(), |s| format!("{:.0}", 100.0 * s)),
                 path(format).into(),
             ]);
             rows.push(row);
@@ -59,7 +70,14 @@ pub fn run(args: &Args, Loaded, place: &Place, out: &Out) -> Result<(), Fail> {
     Ok(())
 }
 
-fn measure(args: &Args, Loaded, model: &Model, format: WeightFormat, what: What, pool: &Pool, read_gb_s: f64) -> Value {
+fn measure(
+    args: &Args,
+    model: &Model,
+    format: WeightFormat,
+    what: What,
+    pool: &Pool,
+    read_gb_s: f64,
+) -> Value {
     let vocab = model.config.vocab_size as u64;
     // Numbers that wander through the vocabulary; arithmetic does not depend on which.
     let token = |i: usize| ((i as u64 * 7919 + 101) % vocab) as u32;
@@ -77,14 +95,21 @@ fn measure(args: &Args, Loaded, model: &Model, format: WeightFormat, what: What,
                 .map(|s| (0..BATCH_PROMPT).map(|i| token(i + 1000 * s)).collect())
                 .collect();
             let seconds = timed_decode(args.runs, pool, model, &prompts, tokens);
-            (format!("decode {SEQUENCES} x {tokens}"), SEQUENCES * tokens, seconds, Some(tokens))
+            (
+                format!("decode {SEQUENCES} x {tokens}"),
+                SEQUENCES * tokens,
+                seconds,
+                Some(tokens),
+            )
         }
         _ => {
             let tokens = args.tokens.unwrap_or(512).clamp(1, room);
             let prompt: Vec<u32> = (0..tokens).map(token).collect();
             let seconds = timed(args.runs, || {
                 let mut sequence = Sequence::new(&model.config, tokens);
-                let hidden = model.step(pool, &mut [(&mut sequence, &prompt)]).expect("tokens of the vocabulary");
+                let hidden = model
+                    .step(pool, &mut [(&mut sequence, &prompt)])
+                    .expect("tokens of the vocabulary");
                 black_box(model.logits(pool, &hidden, &[tokens - 1]));
             });
             (format!("prefill {tokens}"), tokens, seconds, None)
@@ -92,7 +117,8 @@ fn measure(args: &Args, Loaded, model: &Model, format: WeightFormat, what: What,
     };
     let speed = |s: f64| tokens as f64 / s;
     // A step of decoding reads every weight once.
-    let read_share = steps.map(|n| model.weight_bytes() as f64 * n as f64 / median(&seconds) / (read_gb_s * 1e9));
+    let read_share = steps
+        .map(|n| model.weight_bytes() as f64 * n as f64 / median(&seconds) / (read_gb_s * 1e9));
     json!({
         "what": name, "weights": format.name(), "tok_s": speed(median(&seconds)),
         "lowest": speed(seconds[seconds.len() - 1]), "highest": speed(seconds[0]),
@@ -101,13 +127,21 @@ fn measure(args: &Args, Loaded, model: &Model, format: WeightFormat, what: What,
 }
 
 /// Seconds that sequences with these prompts take to write `tokens` each, greedily; reading the prompts is not counted.
-fn timed_decode(runs: usize, pool: &Pool, model: &Model, prompts: &[Vec<u32>], tokens: usize) -> Vec<f64> {
+fn timed_decode(
+    runs: usize,
+    pool: &Pool,
+    model: &Model,
+    prompts: &[Vec<u32>],
+    tokens: usize,
+) -> Vec<f64> {
     let room = prompts.iter().map(Vec::len).max().unwrap_or(0) + tokens + 1;
     let read: Vec<Sequence> = prompts
         .iter()
         .map(|prompt| {
             let mut sequence = Sequence::new(&model.config, room);
-            model.step(pool, &mut [(&mut sequence, prompt)]).expect("tokens of the vocabulary");
+            model
+                .step(pool, &mut [(&mut sequence, prompt)])
+                .expect("tokens of the vocabulary");
             sequence
         })
         .collect();
@@ -120,7 +154,9 @@ fn timed_decode(runs: usize, pool: &Pool, model: &Model, prompts: &[Vec<u32>], t
         for _ in 0..tokens {
             let mut batch: Vec<(&mut Sequence, &[u32])> =
                 sequences.iter_mut().zip(last.chunks(1)).collect();
-            let hidden = model.step(pool, &mut batch).expect("tokens of the vocabulary");
+            let hidden = model
+                .step(pool, &mut batch)
+                .expect("tokens of the vocabulary");
             let logits = model.logits(pool, &hidden, &rows);
             for (last, logits) in last.iter_mut().zip(logits.chunks(model.config.vocab_size)) {
                 *last = likeliest(logits);

@@ -149,7 +149,8 @@ impl Args {
         }
         let dir = registry.base_dir(None)?.ok_or(Fail::Missing {
             what: "there is no base model to time".into(),
-            next: "Import one with `locum model import FILE_OR_DIR`, or name a folder with --model.",
+            next:
+                "Import one with `locum model import FILE_OR_DIR`, or name a folder with --model.",
         })?;
         let (model, chat, _) = registry.load_base(&dir)?;
         Ok(Loaded {

@@ -50,7 +50,15 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     }
     let pool = args.pool();
     let exact = answers(&model, &pool, &picked);
-    let mut table = Table::new(&["weights", ">MB", ">KL to f32", ">same tokens", ">same steps", ">as the teacher", "kernels"]);
+    let mut table = Table::new(&[
+        "weights",
+        ">MB",
+        ">KL to f32",
+        ">same tokens",
+        ">same steps",
+        ">as the teacher",
+        "kernels",
+    ]);
     let mut rows = Vec::new();
     for format in args.formats(&[Weights::F32, Weights::Bf16, Weights::Q8, Weights::Q4]) {
         let packed = model.clone().packed(format);
@@ -82,7 +90,11 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
 }
 
 /// Log-probabilities of every target token's distribution, by sample.
-fn answers(model: &Model, pool: &locum_core::kernels::Pool, samples: &[&dataset::Sample]) -> Vec<Vec<Vec<f32>>> {
+fn answers(
+    model: &Model,
+    pool: &locum_core::kernels::Pool,
+    samples: &[&dataset::Sample],
+) -> Vec<Vec<Vec<f32>>> {
     samples
         .iter()
         .map(|sample| {
@@ -92,7 +104,10 @@ fn answers(model: &Model, pool: &locum_core::kernels::Pool, samples: &[&dataset:
                 .expect("a sample was rendered with the model's own tokenizer and limits");
             let rows: Vec<usize> = (sample.target_start - 1..sample.ids.len() - 1).collect();
             let logits = model.logits(pool, &hidden, &rows);
-            logits.chunks(model.config.vocab_size).map(log_softmax).collect()
+            logits
+                .chunks(model.config.vocab_size)
+                .map(log_softmax)
+                .collect()
         })
         .collect()
 }
@@ -115,14 +130,23 @@ struct Row {
 }
 
 fn compare(exact: &[Vec<Vec<f32>>], got: &[Vec<Vec<f32>>], samples: &[&dataset::Sample]) -> Row {
-    let best = |p: &[f32]| p.iter().enumerate().fold(0, |b, (i, x)| if *x > p[b] { i } else { b });
-    let (mut kl, mut tokens, mut same, mut same_steps, mut as_teacher) = (0.0, 0usize, 0usize, 0usize, 0usize);
+    let best = |p: &[f32]| {
+        p.iter()
+            .enumerate()
+            .fold(0, |b, (i, x)| if *x > p[b] { i } else { b })
+    };
+    let (mut kl, mut tokens, mut same, mut same_steps, mut as_teacher) =
+        (0.0, 0usize, 0usize, 0usize, 0usize);
     for ((p, q), sample) in exact.iter().zip(got).zip(samples) {
         let targets = &sample.ids[sample.target_start..];
         let mut all_same = true;
         let mut all_teacher = true;
         for ((p, q), label) in p.iter().zip(q).zip(targets) {
-            kl += p.iter().zip(q).map(|(a, b)| f64::from(a.exp()) * f64::from(a - b)).sum::<f64>();
+            kl += p
+                .iter()
+                .zip(q)
+                .map(|(a, b)| f64::from(a.exp()) * f64::from(a - b))
+                .sum::<f64>();
             tokens += 1;
             let (a, b) = (best(p), best(q));
             same += usize::from(a == b);

@@ -27,11 +27,16 @@ const TOKENS: usize = 512;
 pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let Loaded { model, name, .. } = args.load(place)?;
     let pool = args.pool();
-    let tokens = args.tokens.unwrap_or(TOKENS).clamp(2, model.max_positions());
+    let tokens = args
+        .tokens
+        .unwrap_or(TOKENS)
+        .clamp(2, model.max_positions());
     let vocab = model.config.vocab_size as u64;
     let samples: Vec<Sample> = (0..2 * ROWS)
         .map(|row| Sample {
-            ids: (0..tokens).map(|i| (((row * tokens + i) as u64 * 7919 + 101) % vocab) as u32).collect(),
+            ids: (0..tokens)
+                .map(|i| (((row * tokens + i) as u64 * 7919 + 101) % vocab) as u32)
+                .collect(),
             target_start: 1,
             weight: 1.0,
         })
@@ -56,15 +61,24 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let mut seconds = Vec::new();
     let mut last = Instant::now();
     let mut losses = Vec::new();
-    let ended = fit(&pool, &model, &samples, &[], "bench", &plan, None, &mut |progress| {
-        seconds.push(last.elapsed().as_secs_f64());
-        losses.push(progress.loss);
-        last = Instant::now();
-        match seconds.len() < warm + args.runs.max(1) {
-            true => Flow::Go,
-            false => Flow::Stop,
-        }
-    });
+    let ended = fit(
+        &pool,
+        &model,
+        &samples,
+        &[],
+        "bench",
+        &plan,
+        None,
+        &mut |progress| {
+            seconds.push(last.elapsed().as_secs_f64());
+            losses.push(progress.loss);
+            last = Instant::now();
+            match seconds.len() < warm + args.runs.max(1) {
+                true => Flow::Go,
+                false => Flow::Stop,
+            }
+        },
+    );
     match ended {
         Ok(_) | Err(TrainError::Cancelled) => {}
         Err(error) => return Err(locum_core::error::Error::from(error).into()),
@@ -81,7 +95,11 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
         per_step / steady[0],
         peak_bytes() as f64 / (1u64 << 30) as f64,
     ));
-    out.line(&format!("{name}; {} threads on {}", pool.threads(), machine.processor));
+    out.line(&format!(
+        "{name}; {} threads on {}",
+        pool.threads(),
+        machine.processor
+    ));
     out.result(&json!({
         "tok_s": tok_s, "lowest": per_step / steady[steady.len() - 1], "highest": per_step / steady[0],
         "method": method, "rows": ROWS, "tokens": tokens, "compute": plan.compute, "losses": losses,
