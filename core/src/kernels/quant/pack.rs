@@ -94,7 +94,7 @@ impl<const BITS: usize> Packed<BITS> {
     /// Cache lines of codes in a block of a panel.
     pub(super) const LINES: usize = BLOCK * PANEL * BITS / 8 / 64;
     /// Numbers beside each block: the scale, and the minimum of 4-bit weights.
-    const SCALES: usize = if BITS == 4 { 2 } else { 1 };
+    pub(super) const SCALES: usize = if BITS == 4 { 2 } else { 1 };
 
     pub(super) fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
