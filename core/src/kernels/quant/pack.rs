@@ -228,34 +228,44 @@ fn quantise_4(w: &[f32; BLOCK]) -> Quantised {
     let Some((low, high)) = range(w) else {
         return ([0; BLOCK], f16::NAN, f16::ZERO);
     };
-    let min = f16::from_f32(low);
-    let m = min.to_f32();
-    let code = |v: f32, inverse: f32| ((v - m) * inverse).clamp(0.0, 15.0) + MAGIC;
-    let mut best = f16::ZERO;
-    let mut least = fold(w, 0.0, |sum, v| sum + (v - m) * (v - m));
-    for steps in (MIN_STEPS..=15).rev() {
-        let scale = f16::from_f32((high - low) / steps as f32);
-        let d = scale.to_f32();
-        let inverse = 1.0 / d;
-        if !inverse.is_finite() {
-            continue;
-        }
-        let mut errors = [0.0; BLOCK];
-        for (error, v) in errors.iter_mut().zip(w) {
-            *error = (code(*v, inverse) - MAGIC) * d + m - v;
-        }
-        let error = fold(&errors, 0.0, |sum, e| sum + e * e);
-        if error < least {
-            (least, best) = (error, scale);
-        }
-        // Nothing fits better than a grid the weights come from: what is left is the rounding of `f32` and `f16`.
-        if least <= BLOCK as f32 * (1e-3 * (high - low)).powi(2) {
-            break;
-        }
-    }
-    let inverse = match best.to_f32() {
+    let inverse = |scale: f16| match scale.to_f32() {
         0.0 => 0.0,
         d => 1.0 / d,
     };
-    (w.map(|v| code(v, inverse).to_bits() as u8), best, min)
+    // `MAGIC` rounds to nearest and leaves the integer in the low bits.
+    let code = |v: f32, m: f32, inverse: f32| ((v - m) * inverse).clamp(0.0, 15.0) + MAGIC;
+    let error = |scale: f16, min: f16| {
+        let (d, m, inverse) = (scale.to_f32(), min.to_f32(), inverse(scale));
+        let mut errors = [0.0; BLOCK];
+        for (error, v) in errors.iter_mut().zip(w) {
+            *error = (code(*v, m, inverse) - MAGIC) * d + m - v;
+        }
+        fold(&errors, 0.0, |sum, e| sum + e * e)
+    };
+    // What the rounding of `f32` and `f16` leaves of weights that come from a grid; no other grid would fit better.
+    let enough = BLOCK as f32 * (2e-4 * (high - low)).powi(2);
+    let mut min = f16::from_f32(low);
+    let mut scale = f16::from_f32((high - low) / 15.0);
+    let mut least = error(scale, min);
+    let mut unused = 0;
+    for steps in (MIN_STEPS..15).rev() {
+        if least <= enough {
+            break;
+        }
+        let coarser = f16::from_f32((high - low) / steps as f32);
+        let error = error(coarser, min);
+        if error < least {
+            (least, scale, unused) = (error, coarser, 15 - steps);
+        }
+    }
+    // The grid may begin below the smallest weight, and its true beginning is the one that `f16` holds best.
+    for below in 1..=unused {
+        let lower = f16::from_f32(low - below as f32 * scale.to_f32());
+        let error = error(scale, lower);
+        if error < least {
+            (least, min) = (error, lower);
+        }
+    }
+    let (m, inverse) = (min.to_f32(), inverse(scale));
+    (w.map(|v| code(v, m, inverse).to_bits() as u8), scale, min)
 }

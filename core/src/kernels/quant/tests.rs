@@ -80,13 +80,12 @@ fn every_path_agrees_with_the_scalar_one_over_odd_shapes() {
         for (j, k) in SIZES.into_iter().enumerate() {
             // Each t meets each n and each k, though not each pair of them.
             let t = SIZES[(i + j) % SIZES.len()];
-            if t * n * k <= 1 << 23 {
-                check_paths::<8>(&pool, t, n, k);
-                check_paths::<4>(&pool, t, n, k);
-            }
+            check_paths::<8>(&pool, t, n, k);
+            check_paths::<4>(&pool, t, n, k);
         }
     }
-    for t in 1..=14 {
+    // The tiles of each number of rows.
+    for t in 1..=26 {
         check_paths::<8>(&pool, t, 33, 65);
         check_paths::<4>(&pool, t, 48, 64);
     }
@@ -152,7 +151,7 @@ fn four_bits_err_by_eight_percent_on_normal_weights_which_is_less_than_without_a
 
 #[test]
 fn weights_of_a_q4_1_file_come_back_nearly_unchanged() {
-    for (n, k) in [(64, 576), (17, 100)] {
+    for (n, k) in [(512, 576), (17, 100)] {
         let w = q4_1_grid(n, k, 6);
         let back = PackedQ4::new(&w, n, k).unpack();
         for (w, back) in w.chunks(k).zip(back.chunks(k)) {
@@ -160,7 +159,7 @@ fn weights_of_a_q4_1_file_come_back_nearly_unchanged() {
                 let low = w.iter().fold(f32::INFINITY, |a, b| a.min(*b));
                 let high = w.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
                 for (w, back) in w.iter().zip(back) {
-                    assert!((w - back).abs() <= 2e-3 * (high - low), "{w} {back}");
+                    assert!((w - back).abs() <= 1e-4 * (high - low), "{w} {back}");
                 }
             }
         }
