@@ -84,6 +84,9 @@ fn every_path_agrees_with_the_scalar_one_over_odd_shapes() {
             check_paths::<4>(&pool, t, n, k);
         }
     }
+    // Enough work for the second thread.
+    check_paths::<8>(&pool, 31, 576, 576);
+    check_paths::<4>(&pool, 31, 570, 576);
     // The tiles of each number of rows.
     for t in 1..=26 {
         check_paths::<8>(&pool, t, 33, 65);
@@ -158,8 +161,15 @@ fn weights_of_a_q4_1_file_come_back_nearly_unchanged() {
             for (w, back) in w.chunks(BLOCK).zip(back.chunks(BLOCK)) {
                 let low = w.iter().fold(f32::INFINITY, |a, b| a.min(*b));
                 let high = w.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+                // A few weights may fit a finer grid that begins where `f16` holds nothing exactly.
+                let rounding = if w.len() < BLOCK {
+                    low.abs() / 2048.0
+                } else {
+                    0.0
+                };
                 for (w, back) in w.iter().zip(back) {
-                    assert!((w - back).abs() <= 1e-4 * (high - low), "{w} {back}");
+                    let error = (w - back).abs();
+                    assert!(error <= 1e-4 * (high - low) + rounding, "{w} {back}");
                 }
             }
         }
