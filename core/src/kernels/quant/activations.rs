@@ -64,6 +64,9 @@ pub(super) fn quantise(
 }
 
 /// The same loop, compiled with wider registers: no operation in it rounds differently there.
+///
+/// # Safety
+/// The processor has AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn quantise_row_avx2(x: &[f32], unit: f32, out: &mut [Block]) {

@@ -109,7 +109,7 @@ unsafe fn tile_of<const BITS: usize, const R: usize, const VNNI: bool>(
                 }
             }
             for side in 0..2 {
-                let halves = halves.add(b * PANEL * if BITS == 8 { 1 } else { 2 } + 8 * side);
+                let halves = halves.add(b * PANEL * Packed::<BITS>::SCALES + 8 * side);
                 let scale = _mm256_cvtph_ps(_mm_loadu_si128(halves.cast()));
                 let zero = _mm256_mul_ps(magic, scale);
                 let min = match BITS {

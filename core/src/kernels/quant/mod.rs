@@ -27,13 +27,14 @@ pub const BLOCK: usize = 32;
 pub const PANEL: usize = 16;
 
 /// Rows of `x` that the widest kernel takes at a time.
-const MAX_ROWS: usize = 6;
+const MAX_ROWS: usize = 12;
 /// Panels that a kernel takes at a time.
 const MAX_PANELS: usize = 2;
 /// Parts of a product for each thread, so that a thread the host has taken away does not hold up the others.
 const PARTS_PER_THREAD: usize = 4;
-/// Below this many multiplications a second thread costs more than it brings.
-const MIN_SHARED_WORK: usize = 1 << 17;
+/// Below this a second thread costs more than it brings: bytes of weights to read, and sixteen multiplications count as one. About
+/// 40 µs, where waking a sleeping thread took 30 µs.
+const MIN_SHARED_WORK: usize = 1 << 19;
 
 /// 1.5 · 2^23. An integer below 2^22 in size that is added to the bits of this number is also added to its value, so sums that start
 /// here are already `f32` when they end: no conversion, and subtracting `MAGIC` inside a fused multiply-add is exact.
@@ -113,16 +114,19 @@ impl QuantPath {
         Self::available().next().unwrap_or(QuantPath::Scalar)
     }
 
-    /// The kernel, and how many rows of `x` it takes at a time.
-    fn kernel<const BITS: usize>(self) -> (Kernel<BITS>, usize) {
+    /// The kernel for `t` rows, and how many rows and panels it takes at a time.
+    fn kernel<const BITS: usize>(self, t: usize) -> (Kernel<BITS>, usize, usize) {
         match self {
+            // A few rows share one stream of weights, and computing hides behind it; many share the weights that are in the cache.
             #[cfg(target_arch = "x86_64")]
-            QuantPath::Avx512Vnni => (avx512::tile::<BITS>, avx512::ROWS),
+            QuantPath::Avx512Vnni if t <= MAX_ROWS => (avx512::tile::<BITS>, MAX_ROWS, 1),
             #[cfg(target_arch = "x86_64")]
-            QuantPath::AvxVnni => (avx2::tile_vnni::<BITS>, avx2::ROWS_VNNI),
+            QuantPath::Avx512Vnni => (avx512::tile::<BITS>, MAX_ROWS / 2, 2),
             #[cfg(target_arch = "x86_64")]
-            QuantPath::Avx2 => (avx2::tile::<BITS>, avx2::ROWS),
-            _ => (scalar::tile::<BITS>, 1),
+            QuantPath::AvxVnni => (avx2::tile_vnni::<BITS>, avx2::ROWS_VNNI, 1),
+            #[cfg(target_arch = "x86_64")]
+            QuantPath::Avx2 => (avx2::tile::<BITS>, avx2::ROWS, 1),
+            _ => (scalar::tile::<BITS>, 1, 1),
         }
     }
 }
@@ -172,7 +176,8 @@ impl<const BITS: usize> Packed<BITS> {
         if t == 0 || self.n == 0 {
             return;
         }
-        let pool = pool.filter(|p| p.threads() > 1 && t * self.n * self.k >= MIN_SHARED_WORK);
+        let work = self.bytes() + t * self.n * self.k / 16;
+        let pool = pool.filter(|p| p.threads() > 1 && work >= MIN_SHARED_WORK);
         let mut rows = ROWS.take();
         activations::quantise(path, pool, x, t, self.k, self.unit, &mut rows);
         self.product_of_blocks(path, pool, &rows, t, y);
@@ -188,27 +193,25 @@ impl<const BITS: usize> Packed<BITS> {
         y: &mut [f32],
     ) {
         assert!(rows.len() >= t * self.blocks);
-        let (kernel, max_rows) = path.kernel::<BITS>();
+        let (kernel, max_rows, max_panels) = path.kernel::<BITS>(t);
         // Rows are shared out evenly: seven are 4 + 3, not 6 + 1.
         let tiles = t.div_ceil(max_rows);
         let panels = self.panels();
-        let pairs = panels.div_ceil(MAX_PANELS);
-        let threads = pool.map_or(1, Pool::threads);
-        let pairs_a_part = match threads {
-            1 => pairs,
-            _ => pairs.div_ceil(threads * PARTS_PER_THREAD),
+        let piece = match pool.map_or(1, Pool::threads) {
+            1 => panels,
+            threads => panels.div_ceil(threads * PARTS_PER_THREAD),
         };
+        let piece = piece.next_multiple_of(max_panels);
         let shared = SharedMut::new(y);
         let run = |part: usize| {
             let mut tile: Tile = [[0.0; MAX_PANELS * PANEL]; MAX_ROWS];
-            let first = part * pairs_a_part;
-            for pair in first..pairs.min(first + pairs_a_part) {
-                let panel = pair * MAX_PANELS;
+            let end = panels.min((part + 1) * piece);
+            for panel in (part * piece..end).step_by(max_panels) {
+                let count = max_panels.min(end - panel);
                 let col = panel * PANEL;
-                let cols = (self.n - col).min(MAX_PANELS * PANEL);
+                let cols = (count * PANEL).min(self.n - col);
                 for i in 0..tiles {
                     let (row, end) = (t * i / tiles, t * (i + 1) / tiles);
-                    let count = MAX_PANELS.min(panels - panel);
                     // SAFETY: the processor has the path, which `product_on` asserted; `end - row <= max_rows` by the choice of
                     // `tiles`; `rows` holds `t` rows of `blocks` blocks, asserted above; the panels exist.
                     unsafe { kernel(self, panel, count, rows, row, end - row, &mut tile) };
@@ -220,7 +223,7 @@ impl<const BITS: usize> Packed<BITS> {
                 }
             }
         };
-        let parts = pairs.div_ceil(pairs_a_part);
+        let parts = panels.div_ceil(piece);
         match pool {
             Some(pool) if parts > 1 => pool.run(parts, run),
             _ => (0..parts).for_each(run),

@@ -1,6 +1,6 @@
 //! From `f32` to codes, and back.
 
-use super::{CodeLine, Packed, ScaleLine, BLOCK, PANEL};
+use super::{features, CodeLine, Packed, ScaleLine, BLOCK, MAGIC, PANEL};
 use half::f16;
 
 /// The largest weight is stored as 2^14 to 2^15 units, so that minimum and scale fit `f16` and small blocks keep their precision.
@@ -19,6 +19,8 @@ impl<const BITS: usize> Packed<BITS> {
         assert_eq!(w.len(), n * k, "weight of ({n}, {k})");
         let blocks = k.div_ceil(BLOCK);
         let unit = unit(w);
+        // Exact: the unit is a power of two between 2^-126 and 2^113.
+        let inverse = 1.0 / unit;
         let mut packed = Self {
             n,
             k,
@@ -36,14 +38,11 @@ impl<const BITS: usize> Packed<BITS> {
         for (row, w) in w.chunks_exact(k.max(1)).enumerate() {
             for (b, w) in w.chunks(BLOCK).enumerate() {
                 for (to, from) in block.iter_mut().zip(w) {
-                    *to = from / unit;
+                    *to = from * inverse;
                 }
                 // The last block is filled up with one of its own weights, which leaves smallest and largest alone.
-                block[w.len()..].fill(w[0] / unit);
-                let (codes, scale, min) = match BITS {
-                    8 => quantise_8(&block),
-                    _ => quantise_4(&block),
-                };
+                block[w.len()..].fill(w[0] * inverse);
+                let (codes, scale, min) = quantise::<BITS>(&block);
                 packed.put(row / PANEL, b, row % PANEL, &codes, scale, min);
             }
         }
@@ -94,7 +93,7 @@ impl<const BITS: usize> Packed<BITS> {
     /// Cache lines of codes in a block of a panel.
     pub(super) const LINES: usize = BLOCK * PANEL * BITS / 8 / 64;
     /// Numbers beside each block: the scale, and the minimum of 4-bit weights.
-    const SCALES: usize = if BITS == 4 { 2 } else { 1 };
+    pub(super) const SCALES: usize = if BITS == 4 { 2 } else { 1 };
 
     pub(super) fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
@@ -160,53 +159,113 @@ fn unit(w: &[f32]) -> f32 {
     f32::powi(2.0, (exponent - UNIT_EXPONENT).max(-126))
 }
 
-fn quantise_8(w: &[f32; BLOCK]) -> ([u8; BLOCK], f16, f16) {
-    let largest = w.iter().fold(0f32, |top, v| top.max(v.abs()));
-    if !w.iter().all(|v| v.is_finite()) {
-        return ([128; BLOCK], f16::NAN, f16::ZERO);
+/// Codes, scale and minimum of a block.
+type Quantised = ([u8; BLOCK], f16, f16);
+
+/// [`quantise_4`] or [`quantise_8`], compiled with wider registers where there are some.
+fn quantise<const BITS: usize>(w: &[f32; BLOCK]) -> Quantised {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn wide<const BITS: usize>(w: &[f32; BLOCK]) -> Quantised {
+            match BITS {
+                8 => quantise_8(w),
+                _ => quantise_4(w),
+            }
+        }
+        if features().avx2_fma {
+            // SAFETY: the feature was detected.
+            return unsafe { wide::<BITS>(w) };
+        }
     }
-    let scale = f16::from_f32(largest / 127.0);
+    match BITS {
+        8 => quantise_8(w),
+        _ => quantise_4(w),
+    }
+}
+
+/// Eight lanes that meet at the end: a fold in order would be one long chain of dependent operations.
+#[inline(always)]
+fn fold(w: &[f32; BLOCK], start: f32, f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; 8];
+    for eight in w.as_chunks::<8>().0 {
+        for (lane, v) in lanes.iter_mut().zip(eight) {
+            *lane = f(*lane, *v);
+        }
+    }
+    lanes.into_iter().fold(start, f)
+}
+
+/// The smallest and the largest, or `None` if not all are finite.
+#[inline(always)]
+fn range(w: &[f32; BLOCK]) -> Option<(f32, f32)> {
+    let low = fold(w, f32::INFINITY, |a, b| if b < a { b } else { a });
+    let high = fold(w, f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+    // Zero times an infinity or a NaN is NaN, which the comparisons above would skip.
+    let finite = fold(w, 0.0, |sum, v| sum + v * 0.0) == 0.0;
+    finite.then_some((low, high))
+}
+
+#[inline(always)]
+fn quantise_8(w: &[f32; BLOCK]) -> Quantised {
+    let Some((low, high)) = range(w) else {
+        return ([128; BLOCK], f16::NAN, f16::ZERO);
+    };
+    let scale = f16::from_f32(high.max(-low) / 127.0);
     let inverse = match scale.to_f32() {
         0.0 => 0.0,
         scale => 1.0 / scale,
     };
-    let code = |v: f32| (v * inverse).round().clamp(-127.0, 127.0) + 128.0;
-    (w.map(|v| code(v) as u8), scale, f16::ZERO)
+    // `MAGIC` rounds to nearest and leaves the integer in the low bits.
+    let code = |v: f32| ((v * inverse).clamp(-127.0, 127.0) + (MAGIC + 128.0)).to_bits() as u8;
+    (w.map(code), scale, f16::ZERO)
 }
 
 /// Scale and minimum that span the block in 15 steps or, if that fits better, in fewer: weights that come from a 4-bit grid need not
 /// have used its two ends.
-fn quantise_4(w: &[f32; BLOCK]) -> ([u8; BLOCK], f16, f16) {
-    if !w.iter().all(|v| v.is_finite()) {
+#[inline(always)]
+fn quantise_4(w: &[f32; BLOCK]) -> Quantised {
+    let Some((low, high)) = range(w) else {
         return ([0; BLOCK], f16::NAN, f16::ZERO);
-    }
-    let low = w.iter().fold(f32::INFINITY, |low, v| low.min(*v));
-    let high = w.iter().fold(f32::NEG_INFINITY, |high, v| high.max(*v));
-    let min = f16::from_f32(low);
-    let m = min.to_f32();
-    let mut best = ([0; BLOCK], f16::ZERO, min);
-    let mut least = w.iter().map(|v| (v - m) * (v - m)).sum::<f32>();
-    for steps in (MIN_STEPS..=15).rev() {
-        let scale = f16::from_f32((high - low) / steps as f32);
-        let d = scale.to_f32();
-        if d == 0.0 {
-            continue;
+    };
+    let inverse = |scale: f16| match scale.to_f32() {
+        0.0 => 0.0,
+        d => 1.0 / d,
+    };
+    // `MAGIC` rounds to nearest and leaves the integer in the low bits.
+    let code = |v: f32, m: f32, inverse: f32| ((v - m) * inverse).clamp(0.0, 15.0) + MAGIC;
+    let error = |scale: f16, min: f16| {
+        let (d, m, inverse) = (scale.to_f32(), min.to_f32(), inverse(scale));
+        let mut errors = [0.0; BLOCK];
+        for (error, v) in errors.iter_mut().zip(w) {
+            *error = (code(*v, m, inverse) - MAGIC) * d + m - v;
         }
-        let inverse = 1.0 / d;
-        // The value lies within 0..=16 by the choice of `d`, so adding one half and cutting rounds it.
-        let code = |v: f32| ((v - m) * inverse + 0.5).clamp(0.0, 15.0) as i32;
-        let error = w.iter().fold(0f32, |sum, v| {
-            let e = code(*v) as f32 * d + m - v;
-            sum + e * e
-        });
-        if error < least {
-            least = error;
-            best = (w.map(|v| code(v) as u8), scale, min);
-        }
-        // Nothing fits better than a grid the weights come from: what is left is the rounding of `f32` and `f16`.
-        if least <= 32.0 * (1e-3 * (high - low)).powi(2) {
+        fold(&errors, 0.0, |sum, e| sum + e * e)
+    };
+    // What the rounding of `f32` and `f16` leaves of weights that come from a grid; no other grid would fit better.
+    let enough = BLOCK as f32 * (2e-4 * (high - low)).powi(2);
+    let mut min = f16::from_f32(low);
+    let mut scale = f16::from_f32((high - low) / 15.0);
+    let mut least = error(scale, min);
+    let mut unused = 0;
+    for steps in (MIN_STEPS..15).rev() {
+        if least <= enough {
             break;
         }
+        let coarser = f16::from_f32((high - low) / steps as f32);
+        let error = error(coarser, min);
+        if error < least {
+            (least, scale, unused) = (error, coarser, 15 - steps);
+        }
     }
-    best
+    // The grid may begin below the smallest weight, and its true beginning is the one that `f16` holds best.
+    for below in 1..=unused {
+        let lower = f16::from_f32(low - below as f32 * scale.to_f32());
+        let error = error(scale, lower);
+        if error < least {
+            (least, min) = (error, lower);
+        }
+    }
+    let (m, inverse) = (min.to_f32(), inverse(scale));
+    (w.map(|v| code(v, m, inverse).to_bits() as u8), scale, min)
 }

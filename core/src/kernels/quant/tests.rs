@@ -80,13 +80,15 @@ fn every_path_agrees_with_the_scalar_one_over_odd_shapes() {
         for (j, k) in SIZES.into_iter().enumerate() {
             // Each t meets each n and each k, though not each pair of them.
             let t = SIZES[(i + j) % SIZES.len()];
-            if t * n * k <= 1 << 23 {
-                check_paths::<8>(&pool, t, n, k);
-                check_paths::<4>(&pool, t, n, k);
-            }
+            check_paths::<8>(&pool, t, n, k);
+            check_paths::<4>(&pool, t, n, k);
         }
     }
-    for t in 1..=14 {
+    // Enough work for the second thread.
+    check_paths::<8>(&pool, 31, 576, 576);
+    check_paths::<4>(&pool, 31, 570, 576);
+    // The tiles of each number of rows.
+    for t in 1..=26 {
         check_paths::<8>(&pool, t, 33, 65);
         check_paths::<4>(&pool, t, 48, 64);
     }
@@ -152,15 +154,22 @@ fn four_bits_err_by_eight_percent_on_normal_weights_which_is_less_than_without_a
 
 #[test]
 fn weights_of_a_q4_1_file_come_back_nearly_unchanged() {
-    for (n, k) in [(64, 576), (17, 100)] {
+    for (n, k) in [(512, 576), (17, 100)] {
         let w = q4_1_grid(n, k, 6);
         let back = PackedQ4::new(&w, n, k).unpack();
         for (w, back) in w.chunks(k).zip(back.chunks(k)) {
             for (w, back) in w.chunks(BLOCK).zip(back.chunks(BLOCK)) {
                 let low = w.iter().fold(f32::INFINITY, |a, b| a.min(*b));
                 let high = w.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+                // A few weights may fit a finer grid that begins where `f16` holds nothing exactly.
+                let rounding = if w.len() < BLOCK {
+                    low.abs() / 2048.0
+                } else {
+                    0.0
+                };
                 for (w, back) in w.iter().zip(back) {
-                    assert!((w - back).abs() <= 2e-3 * (high - low), "{w} {back}");
+                    let error = (w - back).abs();
+                    assert!(error <= 1e-4 * (high - low) + rounding, "{w} {back}");
                 }
             }
         }
