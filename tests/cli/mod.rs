@@ -1,5 +1,6 @@
 //! The command `locum` from outside: as a process, with its exit codes, its last line and its sentences.
 
+mod bench;
 mod episodes;
 mod journey;
 mod refusals;

@@ -24,7 +24,7 @@ pub use pointwise::{
     add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward,
     RopeTable,
 };
-pub use pool::{quiet_thread, Pool, SharedMut};
+pub use pool::{quiet_thread, Attention, Pool, SharedMut};
 pub use quant::{PackedQ4, PackedQ8, QuantPath};
 pub use random::Random;
 pub use simd::{axpy, dot, features, Features};

@@ -1,14 +1,17 @@
 //! The one thread pool: sized by an argument, silent when idle, a good guest in another program's process.
 
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// A set of worker threads that run one loop at a time on behalf of the thread that owns the pool.
 ///
-/// The owner works too, so `Pool::new(1)` starts no thread. Workers sleep on a condition variable when there is no work; they
-/// never spin. All signals are blocked in them, so a host's handlers run where the host expects them.
+/// The owner works too, so `Pool::new(1)` starts no thread. Workers sleep on a condition variable when there is no work. Waking
+/// one takes longer than many a product of a decoding step, so inside a stretch that the owner declares ([`Pool::attentive`])
+/// they look for the next loop for a moment before they sleep, giving way to any other thread that wants the core.
+/// All signals are blocked in them, so a host's handlers run where the host expects them.
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -20,6 +23,39 @@ struct Shared {
     work: Condvar,
     done: Condvar,
     next: AtomicUsize,
+    /// `State::epoch` and `State::running`, to look at without the lock.
+    posted: AtomicU64,
+    active: AtomicUsize,
+    /// Stretches declared and not over.
+    attention: AtomicUsize,
+}
+
+/// How long a thread looks for work, or for the end of others' work, before it sleeps: about two wake-ups' worth.
+const LOOK: Duration = Duration::from_micros(60);
+
+impl Shared {
+    /// Looks until `done`, at most for [`LOOK`], and not at all outside a declared stretch.
+    fn look(&self, done: impl Fn() -> bool) {
+        if self.attention.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let began = Instant::now();
+        while !done() && began.elapsed() < LOOK {
+            for _ in 0..32 {
+                std::hint::spin_loop();
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// See [`Pool::attentive`].
+pub struct Attention<'a>(&'a Shared);
+
+impl Drop for Attention<'_> {
+    fn drop(&mut self) {
+        self.0.attention.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Default)]
@@ -29,6 +65,8 @@ struct State {
     job: Option<Job>,
     parts: usize,
     running: usize,
+    /// Workers inside `work.wait`.
+    asleep: usize,
     panicked: bool,
     stop: bool,
 }
@@ -52,6 +90,9 @@ impl Pool {
             work: Condvar::new(),
             done: Condvar::new(),
             next: AtomicUsize::new(0),
+            posted: AtomicU64::new(0),
+            active: AtomicUsize::new(0),
+            attention: AtomicUsize::new(0),
         });
         let workers = (1..threads)
             .filter_map(|i| {
@@ -77,6 +118,12 @@ impl Pool {
         self.threads
     }
 
+    /// Declares a stretch of many short loops, such as one step of a model, until the guard is dropped.
+    pub fn attentive(&self) -> Attention<'_> {
+        self.shared.attention.fetch_add(1, Ordering::Relaxed);
+        Attention(&self.shared)
+    }
+
     /// Runs `body(0), ..., body(parts - 1)`, in any order, on all threads, and returns when all are done.
     /// Must be called by one thread at a time. A panic in a part is raised again here after the others have finished.
     pub fn run<F: Fn(usize) + Sync>(&self, parts: usize, body: F) {
@@ -89,6 +136,7 @@ impl Pool {
             unsafe { (*(data as *const F))(part) }
         }
         self.shared.next.store(0, Ordering::Relaxed);
+        let asleep;
         {
             let mut state = self.shared.state.lock().unwrap_or_else(|e| e.into_inner());
             state.epoch += 1;
@@ -98,10 +146,12 @@ impl Pool {
                 data: &body as *const F as *const (),
             });
             state.panicked = false;
+            self.shared.posted.store(state.epoch, Ordering::Release);
+            asleep = state.asleep;
         }
-        if parts == 2 {
+        if asleep > 0 && parts == 2 {
             self.shared.work.notify_one();
-        } else {
+        } else if asleep > 0 {
             self.shared.work.notify_all();
         }
         let mine = catch_unwind(AssertUnwindSafe(|| loop {
@@ -113,6 +163,8 @@ impl Pool {
         }));
         // Parts that nobody has begun must not be begun after a panic of ours.
         self.shared.next.store(usize::MAX / 2, Ordering::Relaxed);
+        self.shared
+            .look(|| self.shared.active.load(Ordering::Acquire) == 0);
         let mut state = self.shared.state.lock().unwrap_or_else(|e| e.into_inner());
         state.job = None;
         while state.running > 0 {
@@ -148,6 +200,7 @@ impl Drop for Pool {
 fn worker(shared: &Shared) {
     let mut seen = 0;
     loop {
+        shared.look(|| shared.posted.load(Ordering::Acquire) != seen);
         let (job, parts) = {
             let mut state = shared.state.lock().unwrap_or_else(|e| e.into_inner());
             loop {
@@ -159,10 +212,13 @@ fn worker(shared: &Shared) {
                     // The owner may already have finished the whole loop by itself.
                     if let Some(job) = state.job {
                         state.running += 1;
+                        shared.active.store(state.running, Ordering::Release);
                         break (job, state.parts);
                     }
                 }
+                state.asleep += 1;
                 state = shared.work.wait(state).unwrap_or_else(|e| e.into_inner());
+                state.asleep -= 1;
             }
         };
         let result = catch_unwind(AssertUnwindSafe(|| loop {
@@ -176,6 +232,7 @@ fn worker(shared: &Shared) {
         }));
         let mut state = shared.state.lock().unwrap_or_else(|e| e.into_inner());
         state.running -= 1;
+        shared.active.store(state.running, Ordering::Release);
         state.panicked |= result.is_err();
         if state.running == 0 {
             shared.done.notify_one();
@@ -258,6 +315,24 @@ mod tests {
             pool.run(parts, |i| unsafe { shared.slice(i, 1)[0] += 1 });
             assert!(counts.iter().all(|&c| c == 1), "{parts} parts");
         }
+    }
+
+    #[test]
+    fn loops_of_an_attentive_stretch_and_of_none_follow_each_other_without_loss() {
+        let pool = Pool::new(3, 0);
+        let total = AtomicUsize::new(0);
+        for round in 0..300 {
+            let _attention = (round % 3 == 0).then(|| pool.attentive());
+            for parts in [2, 5, 1] {
+                pool.run(parts, |i| {
+                    total.fetch_add(i + 1, Ordering::Relaxed);
+                });
+            }
+            if round % 50 == 0 {
+                std::thread::sleep(2 * LOOK);
+            }
+        }
+        assert_eq!(total.into_inner(), 300 * (3 + 15 + 1));
     }
 
     #[test]

@@ -108,6 +108,7 @@ impl Model {
         pool: &Pool,
         batch: &mut [(&mut Sequence, &[u32])],
     ) -> Result<Vec<f32>, ModelError> {
+        let _attention = pool.attentive();
         let mut ids = Vec::new();
         let mut positions = Vec::new();
         for (sequence, new) in batch.iter() {
@@ -177,6 +178,7 @@ impl Model {
 
     /// Logits of chosen rows of `hidden` (t, d), the last block's output: (n, v).
     pub fn logits(&self, pool: &Pool, hidden: &[f32], rows: &[usize]) -> Vec<f32> {
+        let _attention = pool.attentive();
         let (d, v) = (self.config.hidden_size, self.config.vocab_size);
         let mut picked = Vec::with_capacity(rows.len() * d);
         for &row in rows {

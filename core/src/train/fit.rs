@@ -257,6 +257,7 @@ pub fn fit(
             let lr = schedule.lr(state.step, done);
             let trim = (done >= plan.trim_after).then_some(plan.trim_below);
             grads.zero();
+            let attention = pool.attentive();
             let outcome = step_gradients(
                 pool, &trainee, train, batch, first, &mut lower, trim, &mut tape, &mut grads,
             )?;
@@ -268,6 +269,7 @@ pub fn fit(
                     trainee.with(id, change)
                 })?;
             }
+            drop(attention);
             state.since.loss += outcome.loss;
             state.since.weight += outcome.weight;
             state.since.trimmed += outcome.trimmed;

@@ -33,8 +33,8 @@ const MAX_PANELS: usize = 2;
 /// Parts of a product for each thread, so that a thread the host has taken away does not hold up the others.
 const PARTS_PER_THREAD: usize = 4;
 /// Below this a second thread costs more than it brings: bytes of weights to read, and sixteen multiplications count as one. About
-/// 40 µs, where waking a sleeping thread took 30 µs.
-const MIN_SHARED_WORK: usize = 1 << 19;
+/// 10 µs, for a step of a model keeps the pool's threads looking ([`Pool::attentive`]).
+const MIN_SHARED_WORK: usize = 1 << 17;
 
 /// 1.5 · 2^23. An integer below 2^22 in size that is added to the bits of this number is also added to its value, so sums that start
 /// here are already `f32` when they end: no conversion, and subtracting `MAGIC` inside a fused multiply-add is exact.

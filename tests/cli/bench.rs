@@ -1,0 +1,83 @@
+//! `locum bench` on the tiny model: every kind of measurement runs and says what it measured.
+
+use super::World;
+
+#[test]
+fn every_bench_measures_what_it_names() {
+    let world = World::new();
+    let tiny = world.path("tiny");
+    std::fs::create_dir(&tiny).unwrap();
+    locum_core::model::write_tiny(&tiny, 5).unwrap();
+    let tiny = tiny.to_str().unwrap();
+
+    let engine = world.json(&[
+        "bench",
+        "--model",
+        tiny,
+        "--runs",
+        "2",
+        "--tokens",
+        "16",
+        "--threads",
+        "2",
+    ]);
+    let rows = engine["rows"].as_array().unwrap();
+    let named: Vec<String> = rows
+        .iter()
+        .map(|r| {
+            format!(
+                "{} {}",
+                r["what"].as_str().unwrap(),
+                r["weights"].as_str().unwrap()
+            )
+        })
+        .collect();
+    for what in ["prefill 16", "decode 16", "decode 8 x 16"] {
+        for weights in ["bf16", "q8", "q4"] {
+            assert!(named.contains(&format!("{what} {weights}")), "{named:?}");
+        }
+    }
+    assert!(
+        rows.iter().all(|r| r["tok_s"].as_f64().unwrap() > 0.0),
+        "{rows:?}"
+    );
+    assert_eq!(engine["threads"], 2);
+
+    for method in ["lora", "upper", "full"] {
+        let train = world.json(&[
+            "bench", "train", "--method", method, "--model", tiny, "--runs", "2", "--tokens", "24",
+        ]);
+        let losses = train["losses"].as_array().unwrap();
+        assert_eq!((losses.len(), train["method"].as_str()), (4, Some(method)));
+        assert!(train["tok_s"].as_f64().unwrap() > 0.0);
+    }
+}
+
+#[test]
+fn the_quality_of_fewer_bits_is_measured_on_recorded_steps() {
+    let world = World::new();
+    let tiny = world.path("tiny");
+    std::fs::create_dir(&tiny).unwrap();
+    locum_core::model::write_tiny(&tiny, 5).unwrap();
+    let tiny = tiny.to_str().unwrap();
+    let none = world.run(&["bench", "quality", "--model", tiny]);
+    assert_eq!(none.code(), 1);
+    assert!(
+        none.stderr().contains("there is no store"),
+        "{}",
+        none.stderr()
+    );
+
+    let file = world.episodes_file(30);
+    world.json(&["episodes", "import", &file]);
+    let quality = world.json(&["bench", "quality", "--model", tiny]);
+    let rows = quality["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    assert_eq!(rows[0]["weights"], "f32");
+    assert_eq!(
+        (rows[0]["kl_nats"].as_f64(), rows[0]["same_steps"].as_f64()),
+        (Some(0.0), Some(1.0))
+    );
+    let kl = |i: usize| rows[i]["kl_nats"].as_f64().unwrap();
+    assert!(kl(1) < kl(2) && kl(2) < kl(3), "bf16, q8, q4: {rows:?}");
+}
