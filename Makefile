@@ -1,8 +1,9 @@
-# make demo    a LangGraph agent is recorded, distilled and replaced, start to end (LEVEL=GoToLocal; LEVEL=PutNextLocal is harder)
-# make test    everything that is tested, set-up included
-# make bench   speed of the engine on this machine
-# make soak    the loop under load for a while (SOAK_SECONDS=600)
-# make clean   throw away what was built and fetched
+# make demo     a LangGraph agent is recorded, distilled and replaced, start to end (LEVEL=GoToLocal; LEVEL=PutNextLocal is harder)
+# make test     everything that is tested, set-up included
+# make bench    speed of the engine on this machine
+# make interop what Locum writes, opened by transformers and PEFT (fetches PyTorch, some GB; INTEROP_PYTHON=... takes yours)
+# make soak     the loop under load for a while (SOAK_SECONDS=600)
+# make clean    throw away what was built and fetched
 #
 # Needed beforehand: Rust, a C and a C++ compiler, Python 3.10 or newer with pip and venv, make, and a network for the packages.
 # Everything fetched goes into .cache/, everything built into target/.
@@ -31,7 +32,7 @@ PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 # Downloads run while cargo compiles; `make` is called again with -j2 for that, so the user need not.
 AGAIN := $(MAKE) --no-print-directory
 
-.PHONY: all demo demo-unfiltered test bench soak clean ready fetched build test-build venv model store python headers
+.PHONY: all demo demo-unfiltered test interop bench soak clean ready fetched build test-build venv model store python headers
 
 all: build
 
@@ -120,6 +121,24 @@ headers:
 	@printf '#include "locum.h"\n#include "locum.hpp"\nint main() { return 0; }\n' > $(CACHE)/header.cpp
 	@$(CC) -std=c99 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -I$(dir $(HEADER)) $(CACHE)/header.c
 	@$(CXX) -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -I$(dir $(HEADER)) $(CACHE)/header.cpp
+
+# --- others' libraries on our files ---
+
+# A Python that has torch, transformers, peft and numpy; made here if none is named.
+INTEROP_VENV := $(CACHE)/interop-venv
+INTEROP_PYTHON ?= $(INTEROP_VENV)/bin/python
+
+interop:
+	@$(AGAIN) -j2 test-build model
+	@test "$(INTEROP_PYTHON)" != "$(INTEROP_VENV)/bin/python" || $(AGAIN) $(INTEROP_VENV)/.packages
+	@$(INTEROP_PYTHON) tests/interop/check.py --locum $(LOCUM) --gguf $(MODEL) --work $(CACHE)/interop --cargo $(CARGO)
+
+$(INTEROP_VENV)/.packages:
+	@echo "== fetching Python packages: torch, transformers, peft, numpy"
+	@mkdir -p $(CACHE)
+	@$(PYTHON) -m venv $(INTEROP_VENV)
+	@$(INTEROP_VENV)/bin/python -m pip --disable-pip-version-check --quiet install torch transformers peft safetensors numpy
+	@touch $@
 
 # --- speed and endurance ---
 

@@ -163,6 +163,7 @@
 ---@field trim_below? number mean probability below which a target is unlikely
 ---@field patience? number
 ---@field seed? number
+---@field compute? string bf16 or f32: the numbers of products in training
 
 ---How the student sees an episode.
 ---@class locum.View

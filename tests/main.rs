@@ -2,6 +2,7 @@
 
 mod abi;
 mod cli;
+mod interop;
 mod reference;
 mod soak;
 mod tidy;

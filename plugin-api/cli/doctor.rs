@@ -1,5 +1,6 @@
 //! `locum doctor`: what this machine and this store can do, and what stands in the way.
 
+use locum_core::registry::{Registry, RegistryError};
 use locum_core::report::{disk_free_bytes, machine};
 use serde_json::{json, Map, Value};
 
@@ -142,7 +143,10 @@ fn look_at_store(place: &Place, found: &mut Findings) {
     match place.locum(None, false).map(|locum| locum.stats()) {
         Ok(stats) => {
             match &stats.base {
-                Some(base) => found.good("model", base),
+                Some(base) => match base_of(place) {
+                    Ok(()) => found.good("model", base),
+                    Err(error) => found.bad("model", error.to_string()),
+                },
                 None => found.bad(
                     "model",
                     "no base model; import one with `locum model import FILE_OR_DIR`".into(),
@@ -159,4 +163,13 @@ fn look_at_store(place: &Place, found: &mut Findings) {
         }
         Err(error) => found.bad("model", error.to_string()),
     }
+}
+
+/// Reads the default base whole, as opening does: a file that was changed is found here and not by the agent.
+fn base_of(place: &Place) -> Result<(), RegistryError> {
+    let registry = Registry::open(&place.dir)?;
+    if let Some(dir) = registry.base_dir(None)? {
+        registry.load_base(&dir)?;
+    }
+    Ok(())
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Subcommand, ValueEnum};
 use locum_core::episode::{EpisodeId, Source, Status, Step};
 use locum_core::formats;
+use locum_core::policy::Policy;
 use locum_core::report::utc;
 use locum_core::store::{EpisodeSummary, Query, Store};
 use serde_json::{json, Value};
@@ -41,6 +42,9 @@ pub enum Command {
         /// openai-chat, tau-bench or intercode; told from the content if not given
         #[arg(long)]
         format: Option<String>,
+        /// Policy whose `redact` sees every text before it is written; the one that Locum ships if not given
+        #[arg(long, value_name = "FILE")]
+        policy: Option<PathBuf>,
     },
     /// Write episodes as OpenAI chat JSONL
     Export {
@@ -103,7 +107,14 @@ pub fn run(command: Command, place: &Place, out: &Out) -> Result<(), Fail> {
     match command {
         Command::List { filter, limit } => list(&place.read()?, filter.query(), limit, out),
         Command::Show { id } => show(&place.read()?, &id, out),
-        Command::Import { files, format } => import(place, &files, format.as_deref(), out),
+        Command::Import {
+            files,
+            format,
+            policy,
+        } => {
+            let policy = crate::load_policy(policy.as_deref())?;
+            import(place, &files, format.as_deref(), policy.as_ref(), out)
+        }
         Command::Export {
             filter,
             output,
@@ -275,7 +286,13 @@ fn no_episode(id: &str) -> Fail {
     }
 }
 
-fn import(place: &Place, files: &[PathBuf], format: Option<&str>, out: &Out) -> Result<(), Fail> {
+fn import(
+    place: &Place,
+    files: &[PathBuf],
+    format: Option<&str>,
+    policy: &dyn Policy,
+    out: &Out,
+) -> Result<(), Fail> {
     let store = place.write()?;
     let mut total = formats::ImportCounts::default();
     let mut by_file = Vec::new();
@@ -286,7 +303,7 @@ fn import(place: &Place, files: &[PathBuf], format: Option<&str>, out: &Out) -> 
             &file.display().to_string(),
             "",
         );
-        let counts = formats::import_into(file, format, &store)?;
+        let counts = formats::import_into(file, format, &store, policy)?;
         total.episodes += counts.episodes;
         total.steps += counts.steps;
         total.successes += counts.successes;

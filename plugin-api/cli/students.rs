@@ -84,7 +84,7 @@ pub fn promote(args: Promote, place: &Place, out: &Out) -> Result<(), Fail> {
     }
     locum.use_student(Pin::Student(student.version))?;
     out.line(&format!(
-        "Student {} answers wherever this store is opened from now on, until `locum rollback`.",
+        "Student {} answers wherever this store is open, from the next second on and until `locum rollback`.",
         student.version
     ));
     out.result(

@@ -402,9 +402,9 @@ LOCUM_API int32_t locum_decide(locum_episode episode, const locum_request *reque
 /* Lets the student answer. Returns at once; the answer is made on threads of ours. The call keeps the student it began
  * with until it ends, whatever is promoted or rolled back meanwhile.                        [one-thread-at-a-time]
  * LOCUM_OK: `*out` is yours until locum_call_free.
- * LOCUM_TEACHER: there is no student that could answer; `*out` is none.
- * LOCUM_E_ARGUMENT; LOCUM_E_LIMIT; LOCUM_E_BUSY: too many at once; LOCUM_E_MODEL;
- * LOCUM_E_UNSUPPORTED: a tool specification that cannot be turned into a grammar; the message names tool and field.   */
+ * LOCUM_TEACHER: there is no student that could answer, or the tools cannot be turned into a grammar; `*out` is none.
+ * locum_decide says which, with tool and field.
+ * LOCUM_E_ARGUMENT; LOCUM_E_LIMIT; LOCUM_E_BUSY: too many at once; LOCUM_E_MODEL.                                     */
 LOCUM_API int32_t locum_generate(locum_episode episode, const locum_request *request, locum_call *out,
                                  locum_error **error);
 
@@ -502,7 +502,8 @@ LOCUM_API int32_t locum_distil_cancel(locum handle, uint64_t job, locum_error **
 LOCUM_API int32_t locum_student_list(locum handle, locum_bytes *json, locum_error **error);
 
 /* Pins a student by its version, or one of LOCUM_STUDENT_*. It takes effect in memory: answers under way finish with the
- * student they began with. The pin is kept in the store.                                  [any-thread] [may-block]
+ * student they began with. The pin is kept in the store, and other processes that have it open follow within about a
+ * second.                                                                                  [any-thread] [may-block]
  * LOCUM_E_NOT_FOUND: no such version; LOCUM_E_MODEL: it cannot be loaded, or there is no base; LOCUM_E_STORE.         */
 LOCUM_API int32_t locum_student_use(locum handle, uint64_t version, locum_error **error);
 

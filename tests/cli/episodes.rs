@@ -1,6 +1,7 @@
 //! Episodes in and out through the command.
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::Stdio;
 
 use serde_json::Value;
@@ -26,6 +27,45 @@ fn an_import_counts_what_it_stored_and_what_it_skipped() {
         (Some(0), Some(10)),
         "the same file twice adds nothing"
     );
+}
+
+#[test]
+fn a_policy_redacts_what_is_imported_before_it_is_written() {
+    let world = World::new();
+    let file = world.episodes_file(3);
+    let secret = "ada.lovelace@example.org";
+    let with_a_name = text(file.as_ref()).replace("You work at a mail desk.", secret);
+    let with_names = with_a_name.replace("waits for:", &format!("({secret}) waits for:"));
+    std::fs::write(&file, &with_names).unwrap();
+    let policy = Path::new(env!("CARGO_MANIFEST_DIR")).join("lua/policies/private.lua");
+    let policy = policy.to_str().unwrap();
+    let counts = world.json(&["episodes", "import", &file, "--policy", policy]);
+    assert_eq!(counts["episodes"], 3);
+    let exported = world.run(&["episodes", "export"]).stdout();
+    assert!(exported.contains("<email:"), "{exported}");
+    for entry in std::fs::read_dir(world.path("store"))
+        .unwrap()
+        .flatten()
+        .filter(|e| e.path().is_file())
+    {
+        let bytes = std::fs::read(entry.path()).unwrap();
+        let found = bytes.windows(secret.len()).any(|w| w == secret.as_bytes());
+        assert!(!found, "{:?} holds the address", entry.path());
+    }
+
+    // Where the hook fails, the run stays out and is named.
+    let other = World::new();
+    let failing = other.path("failing.lua");
+    let source = "return { redact = function(text) if text.role == 'tool' then error('no') end return text.content end }";
+    std::fs::write(&failing, source).unwrap();
+    let failing = failing.to_str().unwrap();
+    let counts = other.json(&["episodes", "import", &file, "--policy", failing]);
+    assert_eq!(
+        (counts["episodes"].as_u64(), counts["skipped"].as_u64()),
+        (Some(0), Some(3))
+    );
+    let reason = counts["reasons"][0]["reason"].as_str().unwrap();
+    assert!(reason.contains("redact"), "{reason}");
 }
 
 #[test]

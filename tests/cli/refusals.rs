@@ -151,6 +151,45 @@ fn a_file_that_is_no_model_is_refused() {
 }
 
 #[test]
+fn a_model_file_that_was_changed_after_its_import_is_found_by_the_doctor() {
+    let world = World::new();
+    let tiny = world.path("tiny");
+    world.json(&["model", "tiny", tiny.to_str().unwrap()]);
+    world.json(&["model", "import", tiny.to_str().unwrap(), "--name", "tiny"]);
+    assert_eq!(world.json(&["doctor"])["ok"], true);
+    let weights = world.path("store/base/tiny/model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    assert_eq!(world.json(&["doctor"])["ok"], false);
+    let said = world.run(&["doctor"]).stdout();
+    assert!(said.contains("SHA-256 of the weights should be"), "{said}");
+}
+
+#[test]
+fn a_model_file_that_is_cut_short_is_named_in_one_line_whatever_candle_adds() {
+    let Some(whole) = std::env::var_os("LOCUM_TEST_GGUF") else {
+        println!("skipped: LOCUM_TEST_GGUF names no GGUF file");
+        return;
+    };
+    use std::io::Read;
+    let world = World::new();
+    let cut = world.path("cut.gguf");
+    let mut head = Vec::new();
+    let file = std::fs::File::open(whole).unwrap();
+    file.take(3_000_000).read_to_end(&mut head).unwrap();
+    std::fs::write(&cut, head).unwrap();
+    let mut command = world.command(&["model", "import", cut.to_str().unwrap(), "--quiet"]);
+    let ran = command.env("RUST_BACKTRACE", "1").output().unwrap();
+    let said = String::from_utf8(ran.stderr).unwrap();
+    assert!(
+        said.contains("cut.gguf") && said.contains("tensor token_embd.weight"),
+        "{said}"
+    );
+    assert!(!said.contains("candle"), "{said}");
+}
+
+#[test]
 fn an_output_that_cannot_be_written_is_named() {
     let world = World::new();
     let file = world.episodes_file(3);

@@ -1,3 +1,3 @@
-//! The engine's numbers against independent implementations: PyTorch's (values in this folder) and candle-transformers' Llama.
+//! The engine's numbers against an independent implementation: PyTorch's, with transformers and PEFT (values in this folder).
 
 mod model;

@@ -424,6 +424,91 @@ fn a_training_that_was_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_
 }
 
 #[test]
+fn a_training_that_was_killed_goes_back_to_the_best_weights_it_had_seen_before() {
+    let pool = Pool::new(2, 0);
+    let (model, values) = (Model::load(&folder("llama")).unwrap(), values("llama"));
+    let ids = ids(&values, "ids");
+    let samples: Vec<train::Sample> = (0..12)
+        .map(|i| train::Sample {
+            ids: ids[i..i + 12 + i % 5].to_vec(),
+            target_start: 8,
+            weight: 1.0,
+        })
+        .collect();
+    for method in [
+        Method::Full,
+        Method::Lora {
+            rank: 2,
+            alpha: 4.0,
+        },
+    ] {
+        let plan = TrainPlan {
+            method,
+            lr: 1e-2,
+            tokens: 6000,
+            batch_tokens: 40,
+            evaluations: 60,
+            patience: 8,
+            checkpoint_seconds: 0.0,
+            ..TrainPlan::default()
+        };
+        let run = |dir: Option<&Path>, stop_at: u64| {
+            train::fit(
+                &pool,
+                &model,
+                &samples[..4],
+                &samples[9..],
+                "hash",
+                &plan,
+                dir,
+                &mut |p| {
+                    if p.step == stop_at {
+                        Flow::Stop
+                    } else {
+                        Flow::Go
+                    }
+                },
+            )
+        };
+        let whole = run(None, u64::MAX).unwrap();
+        assert_eq!(
+            whole.stopped,
+            train::StopReason::EarlyStop,
+            "{:?}",
+            whole.curve
+        );
+        let seen: Vec<_> = whole.curve.iter().filter_map(|p| p.held_out_loss).collect();
+        let best = seen.iter().copied().fold(f64::INFINITY, f64::min);
+        let before_last = seen[seen.len() - 2];
+        assert!(before_last > best, "the best evaluation is the last one");
+        assert_eq!(seen[seen.len() - 1], best, "the best weights came back");
+        let dir = tempfile::tempdir().unwrap();
+        // The last kill comes after the best evaluation, so that its weights are nowhere but on the disk.
+        for stop_at in [2, whole.steps / 2, whole.steps - 1] {
+            assert!(run(Some(dir.path()), stop_at).is_err());
+        }
+        let kept: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().collect();
+        assert_eq!(
+            kept.len(),
+            2,
+            "one state and one set of best weights: {kept:?}"
+        );
+        let resumed = run(Some(dir.path()), u64::MAX).unwrap();
+        assert_eq!(resumed.stopped, whole.stopped);
+        assert_eq!(whole.curve, resumed.curve, "{method:?}");
+        for (id, param) in &whole.model.weights.params {
+            assert!(
+                **param == *resumed.model.weights.params[id],
+                "{method:?}: {}",
+                id.name()
+            );
+        }
+        train::forget(dir.path());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
 fn upper_layers_training_moves_what_it_names_and_nothing_else_and_learns() {
     let pool = Pool::new(2, 0);
     let (model, values) = (Model::load(&folder("llama")).unwrap(), values("llama"));

@@ -167,14 +167,18 @@ pub fn can_express(schema: &Value) -> Result<(), String> {
             _ => Ok(Ok(())),
         }
     }));
-    let first_line = |message: String| {
-        message
+    // Its first line, and the one that says what is wrong where lines that draw the place stand between.
+    let one_line = |message: String| {
+        let first = message.lines().next().unwrap_or("no reason given").trim();
+        match message
             .lines()
-            .next()
-            .unwrap_or("no reason given")
-            .to_string()
+            .find_map(|l| l.trim().strip_prefix("error: "))
+        {
+            Some(what) => format!("{first} {what}"),
+            None => first.to_string(),
+        }
     };
     result
         .unwrap_or_else(|e| Err(e.to_string()))
-        .map_err(first_line)
+        .map_err(one_line)
 }

@@ -308,7 +308,7 @@ pub fn run(
         held_out_exact: Some(report.exact_share()),
     };
     // Tensors and moments are of no more use; the lists beside them are what the report shows.
-    let _ = fs::remove_file(dir.join("checkpoint.safetensors"));
+    train::forget(&dir);
     Ok(Finished {
         manifest,
         student: Arc::new(candidate),

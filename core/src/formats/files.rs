@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::{intercode, openai, tau_bench, FormatError};
+use super::{intercode, openai, redact_episode, tau_bench, FormatError};
 use crate::episode::{Episode, EpisodeId, Status};
 use crate::limits::{MAX_IMPORT_BYTES, MAX_JSON_DEPTH};
+use crate::policy::Policy;
 use crate::store::{json, Record, Store, StoreError};
 
 /// The formats that [`import`] knows by name.
@@ -168,7 +169,8 @@ pub fn import(
     Ok(counts)
 }
 
-/// Imports a file into a store; everything counted as stored is durable on return.
+/// Imports a file into a store; everything counted as stored is durable on return. Each episode goes through the policy's
+/// `redact` first, and is left out where that fails.
 ///
 /// # Errors
 /// As [`import`]; [`FormatError::Sink`] if the store cannot write.
@@ -176,16 +178,20 @@ pub fn import_into(
     path: &Path,
     format: Option<&str>,
     store: &Store,
+    policy: &dyn Policy,
 ) -> Result<ImportCounts, FormatError> {
     let failed = |error: StoreError| FormatError::Sink {
         problem: error.to_string(),
     };
-    let counts = import(path, format, &mut |episode| {
+    let counts = import(path, format, &mut |mut episode| {
         if store
             .has(episode.episode_id)
             .map_err(|error| error.to_string())?
         {
             return Ok(Taken::AlreadyThere);
+        }
+        if let Err(why) = redact_episode(&mut episode, &mut |info| policy.redact(&info)) {
+            return Ok(Taken::Refused(why.to_string()));
         }
         let record = Record::Begin(Box::new(episode));
         match store.record(record.clone()) {

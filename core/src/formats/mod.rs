@@ -7,6 +7,7 @@ mod files;
 mod intercode;
 mod messages;
 mod openai;
+mod redact;
 mod tau_bench;
 #[cfg(test)]
 mod tests;
@@ -18,6 +19,7 @@ pub use messages::{
     tools_to_json, Piece, RESERVED,
 };
 pub use openai::{export_openai, Exported, Loss, LossReport};
+pub use redact::{redact_episode, redact_piece, redact_text, RedactHook};
 
 use std::path::PathBuf;
 

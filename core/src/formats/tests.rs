@@ -8,6 +8,7 @@ use serde_json::{json, Value};
 
 use super::*;
 use crate::episode::{Actor, Content, Episode, Source, Status};
+use crate::policy::TeacherFirst;
 use crate::store::{json, Query, Store, StoreOptions};
 
 /// A folder of data that lies beside the checkout, not in it; says so when it is absent.
@@ -474,9 +475,9 @@ fn equal_runs_are_counted_apart_and_importing_again_adds_nothing() {
     let store = Store::open(&folder.path().join("s"), StoreOptions::default()).unwrap();
     let line = r#"{"messages":[{"role":"user","content":"u"}],"outcome":{"success":false}}"#;
     let file = written(format!("{line}\n{line}\n"));
-    let first = import_into(file.path(), None, &store).unwrap();
+    let first = import_into(file.path(), None, &store, &TeacherFirst).unwrap();
     assert_eq!((first.episodes, first.failures, first.skipped), (2, 2, 0));
-    let again = import_into(file.path(), None, &store).unwrap();
+    let again = import_into(file.path(), None, &store, &TeacherFirst).unwrap();
     assert_eq!((again.episodes, again.skipped), (0, 2));
     assert!(again
         .reasons
@@ -489,7 +490,8 @@ fn equal_runs_are_counted_apart_and_importing_again_adds_nothing() {
         .iter()
         .map(|e| export_openai(e, true).line.to_string())
         .collect();
-    let exported = import_into(written(lines.join("\n")).path(), None, &store).unwrap();
+    let exported = written(lines.join("\n"));
+    let exported = import_into(exported.path(), None, &store, &TeacherFirst).unwrap();
     assert_eq!((exported.episodes, exported.skipped), (0, 2));
     assert_eq!(store.counts(None).unwrap().episodes, 2);
 }
@@ -501,7 +503,7 @@ fn the_recorded_tau_bench_runs_import_whole_and_export_equal() {
     };
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(&folder.path().join("s"), StoreOptions::default()).unwrap();
-    let counts = import_into(&file, None, &store).unwrap();
+    let counts = import_into(&file, None, &store, &TeacherFirst).unwrap();
     // 1616 messages, of which 327 are results of tools.
     assert_eq!(
         (
@@ -571,7 +573,7 @@ fn the_recorded_intercode_runs_import_whole_with_every_turn() {
         ("sql_gpt-4_10_turns.sample200.json", 200, 1160, 149, "sql"),
     ] {
         let before = store.counts(None).unwrap().episodes;
-        let counts = import_into(&folder.join(name), None, &store).unwrap();
+        let counts = import_into(&folder.join(name), None, &store, &TeacherFirst).unwrap();
         assert_eq!((counts.episodes, counts.steps), (runs, turns + runs));
         assert_eq!(
             (
@@ -670,7 +672,8 @@ fn an_import_larger_than_the_queue_waits_instead_of_failing() {
     let lines: Vec<String> = (0..300)
         .map(|n| format!(r#"{{"messages":[{{"role":"user","content":"{n}"}}]}}"#))
         .collect();
-    let counts = import_into(written(lines.join("\n")).path(), None, &store).unwrap();
+    let file = written(lines.join("\n"));
+    let counts = import_into(file.path(), None, &store, &TeacherFirst).unwrap();
     assert_eq!((counts.episodes, counts.unknown), (300, 300));
     store.flush(Duration::from_secs(10)).unwrap();
     assert_eq!(store.counts(None).unwrap().episodes, 300);

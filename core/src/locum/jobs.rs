@@ -14,8 +14,12 @@ use crate::policy::WorldInfo;
 use crate::store::{spawn_quiet, JsonTable};
 use crate::train::Flow;
 
-/// How often the policy's `schedule` is asked, and the store looked at, when nothing else wakes the keeper.
-const TICK: Duration = Duration::from_secs(5);
+/// How often the policy's `schedule` is asked when nothing wakes the keeper.
+const SCHEDULE_TICK: Duration = Duration::from_secs(5);
+/// How often the keeper looks whether another process pinned a student or took one back.
+const TICK: Duration = Duration::from_secs(1);
+/// Shortest time between two questions to `schedule`, however often the keeper is woken.
+const NUDGED_REST: Duration = Duration::from_millis(500);
 /// How often the keeper looks while shadow replies are on their way.
 const SHADOW_TICK: Duration = Duration::from_millis(100);
 /// How often a job's progress is written down and told.
@@ -52,16 +56,20 @@ pub(super) struct JobRecord {
 /// Body of the keeper thread: ends when the Locum is closed or dropped.
 pub(super) fn keep(inner: Weak<Inner>) {
     let mut last_schedule: Option<Instant> = None;
+    let mut nudged = true;
     loop {
         let Some(inner) = inner.upgrade() else { return };
         if inner.closed.load(Ordering::SeqCst) {
             return;
         }
+        inner.follow_store();
         let waiting = inner.settle_shadows();
         inner.judge_trial();
         inner.reap_job();
-        if last_schedule.is_none_or(|at| at.elapsed() >= Duration::from_millis(500)) {
+        let rest = if nudged { NUDGED_REST } else { SCHEDULE_TICK };
+        if last_schedule.is_none_or(|at| at.elapsed() >= rest) {
             last_schedule = Some(Instant::now());
+            nudged = false;
             inner.maybe_start();
         }
         let lock = inner.wake.0.lock().unwrap_or_else(|e| e.into_inner());
@@ -71,7 +79,7 @@ pub(super) fn keep(inner: Weak<Inner>) {
             .1
             .wait_timeout_while(lock, tick, |woken| !*woken)
             .unwrap_or_else(|e| e.into_inner());
-        *woken = false;
+        nudged |= std::mem::take(&mut *woken);
         drop(woken);
         // The last owner may have let go meanwhile; then this drop closes everything, on this thread.
     }
@@ -238,6 +246,7 @@ impl Inner {
         if self.no_learning || self.base.is_none() {
             return;
         }
+        let _starting = self.starting.lock().unwrap_or_else(|e| e.into_inner());
         if self
             .jobs
             .lock()
@@ -290,11 +299,18 @@ impl Inner {
             load: load_average(),
         });
         if verdict.now {
-            let _ = self.start_job(DistilOptions::default());
+            let _ = self.start_alone(DistilOptions::default());
         }
     }
 
     fn start_job(self: &Arc<Self>, options: DistilOptions) -> Result<u64, Error> {
+        // Or the keeper would take the job, once its row is written, for one that was left unfinished.
+        let _starting = self.starting.lock().unwrap_or_else(|e| e.into_inner());
+        self.start_alone(options)
+    }
+
+    /// [`Inner::start_job`] for who holds `starting`.
+    fn start_alone(self: &Arc<Self>, options: DistilOptions) -> Result<u64, Error> {
         if self.base.is_none() {
             return Err(Error::NoModel);
         }

@@ -5,6 +5,8 @@ mod jobs;
 mod record;
 mod serve;
 mod show;
+#[cfg(test)]
+mod tests;
 mod trial;
 mod types;
 
@@ -33,7 +35,7 @@ use crate::view::View;
 
 use events::Events;
 use record::Open;
-use trial::Serving;
+use trial::{Seen, Serving};
 
 /// An open store with its policy and students. Cloning shares it; all methods may be called from any thread.
 #[derive(Clone)]
@@ -76,10 +78,15 @@ struct Inner {
     engine: Option<Arc<Engine>>,
     policy: RwLock<Arc<Loaded>>,
     serving: Mutex<Serving>,
+    /// What the store said of pin and current student when it was last looked at; held while either is changed.
+    seen: Mutex<Seen>,
     episodes: Mutex<HashMap<EpisodeId, Open>>,
-    formats: Mutex<HashMap<String, Arc<CallFormat>>>,
+    /// By tools; the error says why they have none.
+    formats: Mutex<HashMap<String, Result<Arc<CallFormat>, String>>>,
     events: Arc<Events>,
     jobs: Mutex<jobs::Jobs>,
+    /// Held from the look whether a job may start until it runs.
+    starting: Mutex<()>,
     train_threads: usize,
     weights: WeightFormat,
     no_learning: bool,
@@ -161,10 +168,12 @@ impl Locum {
             engine,
             policy: RwLock::new(loaded),
             serving: Mutex::new(Serving::default()),
+            seen: Mutex::default(),
             episodes: Mutex::default(),
             formats: Mutex::default(),
             events,
             jobs: Mutex::default(),
+            starting: Mutex::default(),
             train_threads: count(options.train_threads),
             weights: options.weights,
             no_learning: options.no_learning,

@@ -9,10 +9,9 @@ use crate::episode::{
     Actor, Content, DecisionRecord, Episode, EpisodeId, Outcome, Provenance, Source, Step, Task,
     TokenIds, Usage, SCHEMA,
 };
-use crate::formats::{attach, piece_from_message, Piece};
+use crate::formats::{attach, piece_from_message, redact_piece, redact_text, Piece};
 use crate::generate::Ticket;
 use crate::limits;
-use crate::policy::{HookFailed, RedactInfo};
 use crate::store::{Record, StoreError};
 
 /// How long the end of an episode may wait for the disk.
@@ -75,11 +74,16 @@ impl Locum {
         }
         let now = now_ms();
         let id = EpisodeId::new(now, random_bits());
+        let policy = self.inner.loaded().policy.clone();
+        let mut task = start.task;
+        let redacted = redact_text(&mut task.instruction, "user", &mut |info| {
+            policy.redact(&info)
+        });
         let episode = Episode {
             schema: SCHEMA.into(),
             episode_id: id,
             session_id: start.session_id,
-            task: start.task,
+            task,
             agent: start.agent,
             tools: start.tools,
             started_at_ms: now,
@@ -102,6 +106,12 @@ impl Locum {
             shadow: None,
         };
         self.put(Record::Begin(Box::new(episode)))?;
+        if let Err(why) = redacted {
+            self.put(Record::Incomplete {
+                episode: id,
+                reason: format!("the task's instruction was not recorded: {why}"),
+            })?;
+        }
         self.inner
             .episodes
             .lock()
@@ -125,16 +135,7 @@ impl Locum {
         let id = episode.0;
         let policy = self.inner.loaded().policy.clone();
         let mut piece = piece_from_message(message).map_err(Error::Argument)?;
-        let mut redacted = Vec::new();
-        let failed = redact(&mut piece, &mut |info| {
-            let before = info.content.clone();
-            let after = policy.redact(&info)?;
-            if after.as_deref() != Some(before.as_str()) {
-                redacted.push(info.role);
-            }
-            Ok(after)
-        });
-        if let Err(why) = failed {
+        if let Err(why) = redact_piece(&mut piece, &mut |info| policy.redact(&info)) {
             self.put(Record::Incomplete {
                 episode: id,
                 reason: format!("a step was not recorded: {why}"),
@@ -258,7 +259,10 @@ impl Locum {
         Ok(())
     }
 
-    /// Ends an episode; durable when it returns.
+    /// Ends an episode; durable when it returns. On an error the episode stays open, and the call may be repeated.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if it has ended, [`Error::Store`] if the outcome is not on the disk.
     pub fn end(&self, episode: &EpisodeHandle, outcome: Outcome) -> Result<(), Error> {
         self.inner.check_open()?;
         let id = episode.0;
@@ -273,12 +277,17 @@ impl Locum {
         })?;
         let status = outcome.status;
         let honest = outcome.integrity.ok;
-        self.put(Record::Outcome {
+        let record = Record::Outcome {
             episode: id,
             outcome: Box::new(outcome),
             close: true,
-        })?;
-        self.inner.store.flush(END_TIMEOUT)?;
+        };
+        let flush = || Ok(self.inner.store.flush(END_TIMEOUT)?);
+        if let Err(error) = self.put(record).and_then(|()| flush()) {
+            let episodes = self.inner.episodes.lock();
+            episodes.unwrap_or_else(|e| e.into_inner()).insert(id, open);
+            return Err(error);
+        }
         self.inner.account(id, &open, status, honest);
         self.inner.nudge();
         Ok(())
@@ -344,75 +353,6 @@ impl super::Inner {
             }
         }
     }
-}
-
-/// Sends every text of a piece through the hook. Text that the hook drops becomes empty.
-fn redact(
-    piece: &mut Piece,
-    hook: &mut dyn FnMut(RedactInfo) -> Result<Option<String>, HookFailed>,
-) -> Result<(), HookFailed> {
-    let mut content = |content: &mut Option<Content>, role: &str| -> Result<(), HookFailed> {
-        match content {
-            None => {}
-            Some(Content::Text(text)) => {
-                let info = RedactInfo {
-                    role: role.into(),
-                    tool: None,
-                    content: std::mem::take(text),
-                };
-                *text = hook(info)?.unwrap_or_default();
-            }
-            Some(Content::Parts(parts)) => {
-                for part in parts {
-                    if let Some(text) = part.get("text").and_then(Value::as_str) {
-                        let info = RedactInfo {
-                            role: role.into(),
-                            tool: None,
-                            content: text.into(),
-                        };
-                        part["text"] = hook(info)?.unwrap_or_default().into();
-                    }
-                }
-            }
-        }
-        Ok(())
-    };
-    match piece {
-        Piece::Step(step) => {
-            let role = match step.source {
-                Source::System => "system",
-                Source::User => "user",
-                Source::Agent => "assistant",
-            };
-            content(&mut step.message, role)?;
-            if let Some(reasoning) = step.reasoning.as_mut() {
-                let info = RedactInfo {
-                    role: role.into(),
-                    tool: None,
-                    content: std::mem::take(reasoning),
-                };
-                *reasoning = hook(info)?.unwrap_or_default();
-            }
-            for call in &mut step.tool_calls {
-                let before = call
-                    .arguments_raw
-                    .clone()
-                    .unwrap_or_else(|| call.arguments.to_string());
-                let info = RedactInfo {
-                    role: "arguments".into(),
-                    tool: Some(call.name.clone()),
-                    content: before.clone(),
-                };
-                let after = hook(info)?.unwrap_or_else(|| "{}".into());
-                if after != before {
-                    call.arguments = serde_json::from_str(&after).unwrap_or(Value::Null);
-                    call.arguments_raw = call.arguments.is_null().then_some(after);
-                }
-            }
-        }
-        Piece::Observation(observation) => content(&mut observation.content, "tool")?,
-    }
-    Ok(())
 }
 
 fn size(piece: &Piece) -> usize {

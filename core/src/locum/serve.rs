@@ -333,7 +333,10 @@ impl Inner {
             stage: offer.stage.into(),
         });
         match choice.who {
-            Who::Student => Ok((offer, choice)),
+            Who::Student => {
+                self.format(&request.tools, &offer.student)?;
+                Ok((offer, choice))
+            }
             Who::Teacher => Err((ReasonCode::Policy, choice.reason)),
         }
     }
@@ -366,8 +369,10 @@ impl Inner {
         Ok((open.task.clone(), turns as u32))
     }
 
-    /// The compiled notation of a tool set.
-    fn format(&self, tools: &[ToolSpec]) -> Result<Arc<CallFormat>, Refusal> {
+    /// The compiled notation of a tool set. A set that has none is remembered too; whether its grammar compiles is tried once,
+    /// so that the decision, and not only the generation, can say so.
+    fn format(&self, tools: &[ToolSpec], student: &Student) -> Result<Arc<CallFormat>, Refusal> {
+        let refusal = |why: String| (ReasonCode::ToolsInexpressible, why);
         let key = serde_json::to_string(tools).expect("tools print");
         if let Some(format) = self
             .formats
@@ -375,17 +380,15 @@ impl Inner {
             .unwrap_or_else(|e| e.into_inner())
             .get(&key)
         {
-            return Ok(format.clone());
+            return format.clone().map_err(refusal);
         }
-        let format =
-            CallFormat::new(tools).map_err(|e| (ReasonCode::ToolsInexpressible, e.to_string()))?;
-        let format = Arc::new(format);
+        let format = compile(tools, student).map(Arc::new);
         let mut formats = self.formats.lock().unwrap_or_else(|e| e.into_inner());
         if formats.len() >= MAX_FORMATS {
             formats.clear();
         }
         formats.insert(key, format.clone());
-        Ok(format)
+        format.map_err(refusal)
     }
 
     fn prepare(
@@ -394,7 +397,7 @@ impl Inner {
         task: &Task,
         request: &Request,
     ) -> Result<Prepared, Refusal> {
-        let format = self.format(&request.tools)?;
+        let format = self.format(&request.tools, student)?;
         let steps = steps_from_messages(&request.messages)
             .map_err(|e| (ReasonCode::BadRequest, e.to_string()))?;
         let (prompt_ids, _) =
@@ -451,6 +454,27 @@ impl Inner {
                 format: prepared.format,
             });
         }
+    }
+}
+
+fn compile(tools: &[ToolSpec], student: &Student) -> Result<CallFormat, String> {
+    let format = CallFormat::new(tools).map_err(|e| e.to_string())?;
+    let options = GrammarOptions {
+        allow_text: true,
+        max_calls: MAX_PARALLEL_CALLS,
+        require_call: false,
+    };
+    let lark = format.lark(options).map_err(|e| e.to_string())?;
+    match student.chat.grammar(&lark) {
+        Ok(_) => Ok(format),
+        Err(error) => Err(format!(
+            "the tools {} have no grammar: {error}",
+            tools
+                .iter()
+                .map(|t| t.name.as_str())
+                .collect::<Vec<_>>()
+                .join(", ")
+        )),
     }
 }
 

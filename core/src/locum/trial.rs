@@ -33,6 +33,13 @@ pub(super) struct Serving {
     pub shadows: Vec<Watched>,
 }
 
+/// What the store said when it was last looked at. Another process may have changed it since.
+#[derive(Default)]
+pub(super) struct Seen {
+    pin: Pin,
+    current: Option<u64>,
+}
+
 /// A candidate on live episodes.
 pub(super) struct Trial {
     pub record: TrialRecord,
@@ -64,10 +71,12 @@ impl Trial {
     }
 
     /// Counts outcomes in the order of their episodes' begin, as far as that is known. True if something was counted.
-    fn drain(&mut self) -> bool {
+    pub(super) fn drain(&mut self, now: Instant) -> bool {
         let before = self.record.outcomes.len();
         while let Some(slot) = self.order.first_entry() {
-            if slot.get().outcome.is_none() && slot.get().since.elapsed() < EPISODE_PATIENCE {
+            if slot.get().outcome.is_none()
+                && now.saturating_duration_since(slot.get().since) < EPISODE_PATIENCE
+            {
                 break;
             }
             let (id, slot) = slot.remove_entry();
@@ -82,7 +91,7 @@ impl Trial {
     }
 
     /// Takes an outcome in. One of an episode that began before the canary is no evidence.
-    fn take(&mut self, id: EpisodeId, outcome: LiveOutcome) {
+    pub(super) fn take(&mut self, id: EpisodeId, outcome: LiveOutcome) {
         match self.order.get_mut(&id) {
             Some(slot) => slot.outcome = Some(outcome),
             None if self.late.remove(&id) => self.push(outcome),
@@ -141,7 +150,7 @@ pub(super) struct Watched {
 }
 
 /// Longest that the outcomes of later episodes wait for an earlier one of the canary to end.
-const EPISODE_PATIENCE: Duration = Duration::from_secs(600);
+pub(super) const EPISODE_PATIENCE: Duration = Duration::from_secs(600);
 /// Longest a shadow reply is waited for.
 const SHADOW_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -151,21 +160,13 @@ const PIN: &str = "pin";
 impl Inner {
     /// Takes up what the registry and the store say: pin, current student, trial, watch. Without a model only the pin.
     pub(super) fn restore(&self) -> Result<(), Error> {
-        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(pin) = self.store.get_json(JsonTable::Student, PIN)? {
-            serving.pin = serde_json::from_value(pin).unwrap_or_default();
-        }
+        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
+        *seen = self.look()?;
+        self.pin_stored(seen.pin);
         if self.base.is_none() {
             return Ok(());
         }
-        if serving.pin != Pin::Automatic {
-            match self.of_pin(serving.pin) {
-                Ok(student) => serving.pinned = student,
-                Err(error) => {
-                    serving.trouble = Some(format!("what is pinned is not in service: {error}"))
-                }
-            }
-        }
+        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
         let settings = self.loaded().settings.gate.clone();
         let records: Vec<TrialRecord> = self
             .store
@@ -173,7 +174,7 @@ impl Inner {
             .into_iter()
             .filter_map(|(_, value)| serde_json::from_value(value).ok())
             .collect();
-        if let Some(version) = self.registry.current()? {
+        if let Some(version) = seen.current {
             match self.load_student(version) {
                 Ok(student) => serving.current = Some(student),
                 Err(error) => {
@@ -225,6 +226,73 @@ impl Inner {
             }
         }
         Ok(())
+    }
+
+    /// What the store says now of pin and current student.
+    fn look(&self) -> Result<Seen, Error> {
+        let pin = self.store.get_json(JsonTable::Student, PIN)?;
+        Ok(Seen {
+            pin: pin.map_or(Pin::Automatic, |pin| {
+                serde_json::from_value(pin).unwrap_or_default()
+            }),
+            current: self.registry.current()?,
+        })
+    }
+
+    /// Puts a pin found in the store into service. A student that cannot be loaded is no error: the teacher plays.
+    fn pin_stored(&self, pin: Pin) {
+        let loaded = match self.base {
+            Some(_) => self.of_pin(pin),
+            None => Ok(None),
+        };
+        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        serving.pin = pin;
+        match loaded {
+            Ok(student) => serving.pinned = student,
+            Err(error) => {
+                serving.pinned = None;
+                serving.trouble = Some(format!("what is pinned is not in service: {error}"));
+            }
+        }
+    }
+
+    /// Takes up what another process changed: a pin, or the student in service. Called by the keeper.
+    pub(super) fn follow_store(&self) {
+        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
+        // A store that cannot be read right now is read again at the next look.
+        let Ok(now) = self.look() else { return };
+        if now.pin != seen.pin {
+            self.pin_stored(now.pin);
+        }
+        if now.current != seen.current {
+            self.serve_stored(now.current);
+        }
+        *seen = now;
+    }
+
+    /// Puts the student that the registry calls current into service, unless it serves already.
+    fn serve_stored(&self, version: Option<u64>) {
+        let serves = || {
+            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            serving.current.as_ref().map(|s| s.version) == version
+        };
+        if self.base.is_none() || serves() {
+            return;
+        }
+        let loaded = version.map(|v| self.load_student(v)).transpose();
+        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        // The evidence on another student says nothing of this one.
+        serving.watch = None;
+        match loaded {
+            Ok(student) => serving.current = student,
+            Err(error) => {
+                serving.current = None;
+                serving.trouble = Some(format!(
+                    "student {} is not in service: {error}",
+                    version.unwrap_or(0)
+                ));
+            }
+        }
     }
 
     /// The student that a pin names, loaded; `None` where the pin names nobody.
@@ -498,7 +566,7 @@ impl Inner {
                     invalid_calls,
                 };
                 trial.take(id, outcome);
-                if trial.drain() {
+                if trial.drain(Instant::now()) {
                     let record = trial.record.clone();
                     drop(serving);
                     let _ = self.save_trial(&record);
@@ -523,7 +591,7 @@ impl Inner {
             match serving.trial.as_mut() {
                 None => None,
                 Some(trial) => {
-                    trial.drain();
+                    trial.drain(Instant::now());
                     let settings = trial.record.settings.clone().unwrap_or_default();
                     let verdict = match trial.record.stage.as_str() {
                         "shadow" => {
@@ -741,7 +809,7 @@ impl Inner {
 
 impl Locum {
     /// Which student answers. [`Pin::Student`] is the operator's override of the gate. The pin is kept in the store:
-    /// it holds here at once, and in other processes when they open the store again.
+    /// it holds here at once, and in other processes that have the store open within about a second.
     ///
     /// # Errors
     /// [`Error::NotFound`] for a version that is not in the registry, [`Error::NoModel`] where there is no base,
@@ -749,9 +817,7 @@ impl Locum {
     pub fn use_student(&self, pin: Pin) -> Result<(), Error> {
         self.inner.check_open()?;
         let pinned = self.inner.of_pin(pin)?;
-        self.keep_pin(pin)?;
-        self.set_pin(pin, pinned);
-        Ok(())
+        self.keep_pin(pin, pinned)
     }
 
     /// Like [`Locum::use_student`] for this open instance only: a measurement that is killed leaves no pin behind.
@@ -761,11 +827,14 @@ impl Locum {
         Ok(())
     }
 
-    fn keep_pin(&self, pin: Pin) -> Result<(), Error> {
-        Ok(self
-            .inner
+    fn keep_pin(&self, pin: Pin, pinned: Option<Arc<Student>>) -> Result<(), Error> {
+        let mut seen = self.inner.seen.lock().unwrap_or_else(|e| e.into_inner());
+        self.inner
             .store
-            .put_json(JsonTable::Student, PIN, &json!(pin))?)
+            .put_json(JsonTable::Student, PIN, &json!(pin))?;
+        seen.pin = pin;
+        self.set_pin(pin, pinned);
+        Ok(())
     }
 
     fn set_pin(&self, pin: Pin, pinned: Option<Arc<Student>>) {
@@ -785,8 +854,7 @@ impl Locum {
             serving.pin != Pin::Automatic
         };
         if unpinned {
-            self.keep_pin(Pin::Automatic)?;
-            self.set_pin(Pin::Automatic, None);
+            self.keep_pin(Pin::Automatic, None)?;
         }
         if self.inner.registry.current()?.is_some() {
             return self.inner.take_back("the operator said so");

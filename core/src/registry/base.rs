@@ -10,7 +10,9 @@ use super::folder::{self, lock, read, sweep, weights_digest, Temporary};
 use super::{check_chat, check_vocabulary, now_ms, RegistryError, BASES};
 use crate::chat::Chat;
 use crate::limits::{MAX_CONFIG_BYTES, MAX_MODEL_BYTES};
-use crate::model::{read_config, read_gguf, write_atomically, FileDtype, Model, ParamId};
+use crate::model::{
+    read_config, read_gguf, write_atomically, FileDtype, Model, ModelError, ParamId,
+};
 
 const SCHEMA: &str = "locum-base/1";
 const FILE: &str = "locum-base.json";
@@ -77,7 +79,7 @@ pub fn import_base(
     let (mut model, chat) = if data.is_dir() {
         (Model::load(source)?, Chat::load(source)?)
     } else {
-        let gguf = read_gguf(source)?;
+        let gguf = read_gguf(source).map_err(|error| in_file(source, error))?;
         (
             Model::new(gguf.config, gguf.weights)?,
             Chat::from_gguf(&gguf.metadata)?,
@@ -135,6 +137,19 @@ pub fn import_base(
     }
     drop(held);
     summary(store_dir, &to)
+}
+
+/// What is wrong with a GGUF file, by the file's name and in one line: candle puts a backtrace behind it if one is asked for.
+fn in_file(source: &Path, error: ModelError) -> RegistryError {
+    let (ModelError::File { why, .. } | ModelError::Tensor { why, .. }) = &error else {
+        return error.into();
+    };
+    let why = why.lines().next().unwrap_or_default().trim_end();
+    let why = match &error {
+        ModelError::Tensor { name, .. } => format!("tensor {name}: {why}"),
+        _ => why.to_string(),
+    };
+    RegistryError::file(source, why)
 }
 
 /// The bases of a store by name; none if it has no such folder. One that cannot be read is left out and named in the log.

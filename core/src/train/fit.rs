@@ -105,7 +105,13 @@ pub(super) struct State {
     pub best: Option<f64>,
     pub bad_evaluations: usize,
     pub next_evaluation: usize,
+    /// Steps before the best evaluation, whose weights an early stop goes back to; `None` without patience.
+    #[serde(default)]
+    pub best_step: Option<u64>,
 }
+
+/// Copies of the trained tensors.
+pub(super) type Snapshot = Vec<(TrainId, Vec<f32>)>;
 
 /// Sums since the last point of the curve.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -203,9 +209,11 @@ pub fn fit(
         data: data_hash.into(),
         ..State::default()
     };
+    let mut best_weights: Option<Snapshot> = None;
     if let Some(dir) = checkpoint_dir {
         if let Some(found) = checkpoint::load(dir, plan, data_hash, &mut trainee, &mut adam)? {
-            state = found;
+            state = found.state;
+            best_weights = found.best;
         }
     }
     let first = plan.first_block(config);
@@ -222,7 +230,6 @@ pub fn fit(
     let before = state.seconds;
     let mut last_checkpoint = Instant::now();
     let mut speed = Speed::default();
-    let mut best_weights: Option<Vec<(TrainId, Vec<f32>)>> = None;
     let mut stopped = None;
 
     'epochs: while stopped.is_none() {
@@ -244,6 +251,7 @@ pub fn fit(
                     state.bad_evaluations = 0;
                     if plan.patience > 0 {
                         best_weights = Some(snapshot(&trainable, &mut trainee));
+                        state.best_step = Some(state.step);
                     }
                 } else {
                     state.bad_evaluations += 1;
@@ -296,7 +304,8 @@ pub fn fit(
             let flow = control(&progress);
             let due = last_checkpoint.elapsed().as_secs_f64() >= plan.checkpoint_seconds;
             if let (Some(dir), true) = (checkpoint_dir, due || flow == Flow::Stop) {
-                checkpoint::save(dir, &state, &trainable, &mut trainee, &adam)?;
+                let best = best_weights.as_ref();
+                checkpoint::save(dir, &state, &trainable, &mut trainee, &adam, best)?;
                 last_checkpoint = Instant::now();
             }
             if flow == Flow::Stop {
@@ -548,7 +557,7 @@ fn push_point(state: &mut State, lr: f64, held_out: Option<(f64, f64)>) {
     });
 }
 
-fn snapshot(trainable: &[(TrainId, usize)], trainee: &mut Trainee) -> Vec<(TrainId, Vec<f32>)> {
+fn snapshot(trainable: &[(TrainId, usize)], trainee: &mut Trainee) -> Snapshot {
     trainable
         .iter()
         .map(|&(id, _)| {

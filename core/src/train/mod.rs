@@ -5,6 +5,7 @@ mod fit;
 mod optim;
 mod plan;
 
+pub use checkpoint::forget;
 pub use fit::{evaluate_loss, fit, CurvePoint, Flow, Progress, Sample, StopReason, Trained};
 pub use optim::{AdamW, Schedule};
 pub use plan::{Method, TrainPlan};

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import logging
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ from . import _ffi
 from ._events import Events
 from ._progress import Progress
 from ._types import Answer, AskTeacher, Closed, Decision, Event, JobStatus, LocumError, Student
+
+log = logging.getLogger("locum")
 
 DEFAULT_DEADLINE_MS = 30_000  # of locum_request, where the caller names none
 # An answer is late when its deadline has passed; how much longer we wait for the library to say so itself.
@@ -456,7 +459,11 @@ class Episode:
             _current.reset(self._token)
             self._token = None
         if not self.ended:
-            self.outcome("aborted" if kind else None, reason=kind.__name__ if kind else "")
+            try:
+                self.outcome("aborted" if kind else None, reason=kind.__name__ if kind else "")
+            except LocumError as error:
+                # Not asked for by the host: neither its own exception nor its work is lost for it.
+                log.warning("the end of episode %s is not recorded: %s", self.id, error)
 
 
 _current: contextvars.ContextVar[Episode | None] = contextvars.ContextVar("locum_episode", default=None)
