@@ -2,7 +2,7 @@
 //!
 //! A fork copies one thread. Locks that other threads held stay locked for ever in the child, and our threads are gone.
 //! So every global of this crate is [`PerProcess`]: the child starts with fresh ones and leaks the old without touching
-//! a lock. A handle carries the epoch it was made in, which is how one of the parent is recognised (`LOCUM_E_FORKED`).
+//! a lock, and SQLite's locks are held over the fork. A handle carries the epoch it was made in, which is how one of the parent is recognised (`LOCUM_E_FORKED`).
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -21,15 +21,26 @@ pub fn watch() {
     WATCH.call_once(|| {
         #[cfg(unix)]
         // SAFETY: the handler is a plain function that lives as long as the library, which is never unloaded (build.rs);
-        // it touches one atomic, which is allowed between fork and exec.
+        // SQLite's locks are taken by plain calls before the fork and given back after it; besides, one atomic is touched.
         unsafe {
-            libc::pthread_atfork(None, None, Some(in_child));
+            libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child));
         }
     });
 }
 
 #[cfg(unix)]
+extern "C" fn before() {
+    locum_core::store::before_fork();
+}
+
+#[cfg(unix)]
+extern "C" fn in_parent() {
+    locum_core::store::after_fork();
+}
+
+#[cfg(unix)]
 extern "C" fn in_child() {
+    locum_core::store::after_fork();
     EPOCH.fetch_add(1, Ordering::AcqRel);
 }
 

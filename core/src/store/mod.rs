@@ -10,6 +10,7 @@
 
 mod database;
 pub mod json;
+mod forking;
 mod quiet;
 mod read;
 mod rows;
@@ -21,6 +22,7 @@ mod tests;
 mod writer;
 
 pub use database::{DATABASE, SCHEMA_VERSION};
+pub use forking::{after_fork, before_fork};
 pub use quiet::spawn_quiet;
 pub use read::{Counts, EpisodeSummary, Query};
 pub use writer::Health;

@@ -56,7 +56,7 @@ class Plan:
 
 
 # Episodes to record and seconds to train where the options say nothing.
-DEFAULTS = {"BabyAI-GoToLocal-v0": (1000, 240.0)}
+DEFAULTS = {"BabyAI-GoToLocal-v0": (1000, 360.0)}
 OTHER_LEVELS = (1000, 1200.0)
 
 
