@@ -148,7 +148,7 @@ bench:
 	@$(LOCUM) --store $(CACHE)/bench bench
 
 soak:
-	@LOCUM_SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release -p locum --test main soak:: -- --nocapture
+	@LOCUM_SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --workspace --test main soak:: -- --nocapture
 
 clean:
 	rm -rf $(CACHE)
