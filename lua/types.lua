@@ -207,10 +207,15 @@
 ---@field min_slice? number
 ---@field keep_teacher? number
 
+---How a student plays.
+---@class locum.ServeSettings
+---@field avoid_repeats? boolean a call that changed nothing is not made again at once
+
 ---Fixed settings of a policy.
 ---@class locum.Settings
 ---@field curate? locum.CurateSettings
 ---@field gate? locum.GateSettings
+---@field serve? locum.ServeSettings
 
 ---What a policy file returns. Every field may be left out.
 ---@class locum.Policy

@@ -69,6 +69,17 @@ pub struct HookFailed {
 pub struct Settings {
     pub curate: CurateSettings,
     pub gate: GateSettings,
+    pub serve: ServeSettings,
+}
+
+/// How a student plays.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServeSettings {
+    /// A call after which the agent saw what it had seen before is not made a second time in a row: the student's next likeliest
+    /// call is. What curation does not teach (`mask_noops`, `mask_repeats`) is then not played either. Not for tools that are
+    /// called again until something happens.
+    pub avoid_repeats: bool,
 }
 
 /// Rules of curation that need no code.

@@ -367,11 +367,21 @@ pub const RECORDS: &[Record] = &[
         ],
     },
     Record {
+        name: "ServeSettings",
+        doc: "How a student plays.",
+        fields: &[(
+            "avoid_repeats",
+            "boolean?",
+            "a call that changed nothing is not made again at once",
+        )],
+    },
+    Record {
         name: "Settings",
         doc: "Fixed settings of a policy.",
         fields: &[
             ("curate", "CurateSettings?", ""),
             ("gate", "GateSettings?", ""),
+            ("serve", "ServeSettings?", ""),
         ],
     },
 ];

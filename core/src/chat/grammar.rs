@@ -131,6 +131,17 @@ impl Grammar {
         Ok(self.mask.as_slice())
     }
 
+    /// The same state, to come back to.
+    pub fn fork(&self) -> Grammar {
+        Grammar {
+            matcher: self.matcher.deep_clone(),
+            mask: self.mask.clone(),
+            end_of_turn: self.end_of_turn,
+            environment: self.environment.clone(),
+            ended: self.ended,
+        }
+    }
+
     /// Takes the next token.
     ///
     /// # Errors

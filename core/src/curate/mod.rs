@@ -18,7 +18,7 @@ mod text;
 
 use std::collections::BTreeMap;
 
-use crate::episode::{Actor, Episode, Outcome, Source, Split, Status};
+use crate::episode::{Actor, Episode, Outcome, Source, Split, Status, Step};
 use crate::policy::{episode_info, CurateSettings, Policy};
 
 pub use judge::{JudgeError, ProgramJudge};
@@ -244,6 +244,14 @@ pub fn curate_with(
         split,
         manifest,
     }
+}
+
+/// The agent's last step, if it was a call after which it saw what it had seen before, and nobody has spoken since.
+pub fn without_effect(steps: &[Step]) -> Option<&Step> {
+    let (last, step) = steps.iter().enumerate().next_back()?;
+    let is_call = step.source == Source::Agent && !step.tool_calls.is_empty();
+    let after = text::after(step);
+    (is_call && !after.is_empty() && after == text::seen(steps, last)).then_some(step)
 }
 
 fn no_target(episode: &Episode, masks: &[Option<MaskReason>]) -> String {

@@ -376,6 +376,37 @@ fn the_way_around_an_obstacle_is_not_taken_for_a_wrong_one() {
 }
 
 #[test]
+fn a_call_without_effect_is_told_by_what_was_seen_before_it() {
+    let told = "Goal: reach the gold star.\nSee: a wall.";
+    let of = |moves: &[(&str, &str)]| episode(1, "t", told, moves, Status::Failure).steps;
+    let without = |moves: &[(&str, &str)]| {
+        let steps = of(moves);
+        without_effect(&steps).map(|s| s.tool_calls[0].arguments["action"].clone())
+    };
+    assert_eq!(without(&[("left", "See: a wall.")]), Some(json!("left")));
+    assert_eq!(without(&[("left", "See: a door.")]), None);
+    assert_eq!(
+        without(&[("left", "See: a door."), ("right", "See: a door.")]),
+        Some(json!("right"))
+    );
+    assert_eq!(
+        without(&[("left", "See: a door."), ("right", "See: a wall.")]),
+        None
+    );
+    assert_eq!(without(&[("left", "")]), None);
+    let mut spoken = of(&[("left", "See: a wall.")]);
+    spoken.push(Step {
+        source: Source::User,
+        message: Some(Content::Text("go on".into())),
+        ..Step::default()
+    });
+    assert!(
+        without_effect(&spoken).is_none(),
+        "somebody has spoken since"
+    );
+}
+
+#[test]
 fn what_blocks_an_action_is_learned_from_what_did_not_change() {
     let episodes = road_walkers(300);
     let views = masks::StateViews::learn(episodes.iter());

@@ -105,6 +105,7 @@ fn ask(engine: &Engine, student: &Arc<Student>, question: &Question, at: usize) 
         student: student.clone(),
         key: at as u128,
         prompt_ids: sample.ids[..sample.target_start].to_vec(),
+        avoid: None,
         grammar: Some(grammar),
         max_tokens:
             (sample.ids.len() - sample.target_start + 64).min(crate::limits::DEFAULT_REPLY_TOKENS),

@@ -72,6 +72,9 @@ pub struct Job {
     pub prompt_ids: Vec<u32>,
     /// A fresh one, of this student's [`Chat`].
     pub grammar: Option<Grammar>,
+    /// A reply that is not given: where the student is about to, its next likeliest one is, if the grammar has another. Such a
+    /// reply is not streamed.
+    pub avoid: Option<String>,
     /// Most tokens of the reply; those that the grammar forces count.
     pub max_tokens: usize,
     pub deadline: Instant,

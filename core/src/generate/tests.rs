@@ -34,6 +34,7 @@ fn job(student: &Arc<Student>, prompt: &str) -> Job {
         student: student.clone(),
         key: 1,
         prompt_ids: student.chat.tokenizer.encode(prompt, true),
+        avoid: None,
         grammar: None,
         max_tokens: 24,
         deadline: Instant::now() + LONG,
@@ -251,7 +252,8 @@ proptest! {
         let (student, engine, calls) = (student(version), engine(), tools());
         let lark = calls.lark(GrammarOptions::default()).unwrap();
         let tickets: Vec<Ticket> = (0..4).map(|i| engine.submit(Job {
-            grammar: Some(student.chat.grammar(&lark).unwrap()),
+            avoid: None,
+        grammar: Some(student.chat.grammar(&lark).unwrap()),
             temperature: if hot { 2.0 } else { 0.0 },
             seed: seed.wrapping_add(i),
             key: i.into(),
@@ -269,6 +271,43 @@ proptest! {
             prop_assert_eq!(ticket.poll().0, reply.text);
         }
     }
+}
+
+#[test]
+fn a_reply_to_avoid_gives_way_to_the_next_likeliest_and_is_given_where_it_is_the_only_one() {
+    let (student, engine) = (student(5), engine());
+    let ask = |lark: &str, avoid: Option<&str>| {
+        let ticket = engine.submit(Job {
+            avoid: avoid.map(str::to_string),
+            grammar: Some(student.chat.grammar(lark).unwrap()),
+            ..job(&student, "<|im_start|>user\ngo<|im_end|>\n")
+        });
+        let reply = outcome(&ticket).unwrap();
+        assert_eq!(
+            ticket.poll().0,
+            reply.text,
+            "what was streamed is what was said"
+        );
+        assert_eq!(reply.finish, Finish::Stop);
+        reply.text
+    };
+    let moves = r#"start: "act(" ("left" | "right" | "wait" | "lean" | "wave") ")""#;
+    let first = ask(moves, None);
+    let second = ask(moves, Some(&first));
+    assert_ne!(first, second);
+    assert_eq!(
+        ask(moves, Some(&second)),
+        first,
+        "avoiding another reply changes nothing"
+    );
+    let only = r#"start: "act(" "left" ")" | "act(left)""#;
+    assert_eq!(ask(only, Some("act(left)")), "act(left)");
+    // A reply that may go on: avoiding the short one must not end in the same call by another way.
+    let more = r#"start: CALL ("\n" CALL)?
+CALL: /act\((left|right)\)/"#;
+    let one = ask(more, None);
+    let begun = one.split('\n').next().unwrap().to_string();
+    assert!(!ask(more, Some(&begun)).starts_with(&begun), "{one}");
 }
 
 #[test]

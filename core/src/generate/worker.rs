@@ -10,6 +10,7 @@ use super::scheduler::{self, Slot, MAX_PREFILL_ROWS};
 use super::{
     locked, EngineCounters, EngineOptions, Finish, GenerateError, Generated, Job, Shared, Ticket,
 };
+use crate::chat::Grammar;
 use crate::kernels::{Pool, Random};
 use crate::limits::{MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS};
 use crate::model::Sequence;
@@ -101,6 +102,16 @@ struct Active {
     min_logprob: f64,
 }
 
+/// Where a reply stood before a choice that may have to be taken back.
+struct Kept {
+    tokens: usize,
+    held: usize,
+    free_tokens: usize,
+    logprob: f64,
+    min_logprob: f64,
+    grammar: Option<Grammar>,
+}
+
 type Ended = Result<Finish, GenerateError>;
 
 impl Active {
@@ -187,14 +198,59 @@ impl Active {
         self.tokens.push(token);
         self.held
             .extend(self.job.student.chat.tokenizer.token_bytes(token));
+        if self.job.avoid.is_some() {
+            // It may have to be taken back.
+            return;
+        }
         let said = complete(&mut self.held);
         if !said.is_empty() {
             self.ticket.say(&said);
         }
     }
 
-    /// Chooses the next token from a row of logits (v).
+    /// Chooses the next token from a row of logits (v), and another one where the first leads to the reply to avoid.
     fn choose(&mut self, logits: &[f32]) -> Option<Ended> {
+        let Some(avoid) = self.job.avoid.clone() else {
+            return self.choose_among(logits, None);
+        };
+        let before = Kept {
+            tokens: self.tokens.len(),
+            held: self.held.len(),
+            free_tokens: self.free_tokens,
+            logprob: self.logprob,
+            min_logprob: self.min_logprob,
+            grammar: self.job.grammar.as_ref().map(Grammar::fork),
+        };
+        let end = self.choose_among(logits, None);
+        if self.held != avoid.as_bytes() {
+            return end;
+        }
+        let grammar = before.grammar.as_ref().map(Grammar::fork);
+        let left = avoid.as_bytes()[before.held..].to_vec();
+        let first = self.come_back(before, grammar);
+        let other = self.choose_among(logits, Some(&left));
+        if !matches!(other, Some(Err(_))) {
+            return other;
+        }
+        // There is no other reply: the first one after all.
+        let grammar = first.grammar.as_ref().map(Grammar::fork);
+        self.come_back(first, grammar);
+        self.choose_among(logits, None)
+    }
+
+    /// Takes back what was chosen since `kept`, which is handed out again.
+    fn come_back(&mut self, kept: Kept, grammar: Option<Grammar>) -> Kept {
+        self.tokens.truncate(kept.tokens);
+        self.held.truncate(kept.held);
+        self.free_tokens = kept.free_tokens;
+        self.logprob = kept.logprob;
+        self.min_logprob = kept.min_logprob;
+        self.job.grammar = grammar;
+        kept
+    }
+
+    /// Chooses the next token from a row of logits (v); none that begins like `not`, or that begins it.
+    fn choose_among(&mut self, logits: &[f32], not: Option<&[u8]>) -> Option<Ended> {
         self.first_token.get_or_insert_with(Instant::now);
         let draw = self.random.unit();
         let chat = &self.job.student.chat;
@@ -204,6 +260,20 @@ impl Active {
                 Err(error) => return Some(Err(GenerateError::Grammar(error.to_string()))),
             },
             None => None,
+        };
+        let mut others = Vec::new();
+        let allowed = match (allowed, not) {
+            (Some((words, vocab)), Some(not)) => {
+                others.extend_from_slice(words);
+                for token in 0..vocab.min(32 * words.len()) as u32 {
+                    let bytes = chat.tokenizer.token_bytes(token);
+                    if !bytes.is_empty() && (not.starts_with(&bytes) || bytes.starts_with(not)) {
+                        others[token as usize / 32] &= !(1 << (token % 32));
+                    }
+                }
+                Some((&others[..], vocab))
+            }
+            (allowed, _) => allowed,
         };
         let Some(choice) = sampler::choose(logits, allowed, self.job.temperature, draw) else {
             let why = "no token that may be chosen has a finite logit";

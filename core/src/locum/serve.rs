@@ -122,6 +122,7 @@ impl Locum {
             key: u128::from_be_bytes(episode.0 .0),
             prompt_ids: prepared.prompt_ids.clone(),
             grammar: Some(prepared.grammar),
+            avoid: prepared.avoid,
             max_tokens,
             deadline: Instant::now() + Duration::from_millis(deadline_ms as u64),
             temperature: choice.temperature.unwrap_or(request.temperature).max(0.0),
@@ -145,6 +146,7 @@ struct Prepared {
     format: Arc<CallFormat>,
     prompt_ids: Vec<u32>,
     grammar: crate::chat::Grammar,
+    avoid: Option<String>,
 }
 
 impl Inner {
@@ -417,10 +419,19 @@ impl Inner {
                     .grammar(&lark)
                     .map_err(|e| (ReasonCode::ToolsInexpressible, e.to_string()))
             })?;
+        let avoid = self
+            .loaded()
+            .settings
+            .serve
+            .avoid_repeats
+            .then(|| crate::curate::without_effect(&steps))
+            .flatten()
+            .and_then(|step| format.print_reply(step).ok());
         Ok(Prepared {
             format,
             prompt_ids,
             grammar,
+            avoid,
         })
     }
 
@@ -440,6 +451,7 @@ impl Inner {
             key: u128::from_be_bytes(episode.0 .0),
             prompt_ids: prepared.prompt_ids,
             grammar: Some(prepared.grammar),
+            avoid: prepared.avoid,
             max_tokens: limits::DEFAULT_REPLY_TOKENS,
             deadline: Instant::now() + Duration::from_millis(limits::DEFAULT_DEADLINE_MS as u64),
             temperature: 0.0,

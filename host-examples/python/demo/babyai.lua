@@ -37,6 +37,9 @@ M.settings = {
     min_canary = 10,
     max_canary = 400,
   },
+  serve = {
+    avoid_repeats = true, -- a robot that walked into a box turns, instead of walking into it until its time is up
+  },
 }
 
 --- Who plays this step? Whoever the gate has let in: a candidate in its canary, a promoted student, a pinned one.
