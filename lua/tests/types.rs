@@ -66,6 +66,7 @@ fn the_table_has_the_fields_of_the_real_values() {
         ("View", fields(&View::default())),
         ("CurateSettings", fields(&CurateSettings::default())),
         ("GateSettings", fields(&GateSettings::default())),
+        ("ServeSettings", fields(&ServeSettings::default())),
         ("Settings", fields(&Settings::default())),
     ];
     for (name, real) in &real {
