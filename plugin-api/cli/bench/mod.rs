@@ -67,9 +67,10 @@ enum What {
     Quality,
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
 enum Weights {
     F32,
+    #[default]
     Bf16,
     Q8,
     Q4,
@@ -83,12 +84,6 @@ impl From<Weights> for WeightFormat {
             Weights::Q8 => Self::Q8,
             Weights::Q4 => Self::Q4,
         }
-    }
-}
-
-impl Default for Weights {
-    fn default() -> Self {
-        Self::Bf16
     }
 }
 

@@ -113,7 +113,7 @@ fn the_largest_codes_of_either_sign_do_not_saturate() {
     let x: Vec<f32> = [3.0, -3.0].iter().flat_map(|v| vec![*v; k]).collect();
     check_extremes::<8>(&x, &w, 2, k);
     check_extremes::<4>(&x, &w, 2, k);
-    let turns = |i: usize| if i % 2 == 0 { 1.0 } else { -1.0 };
+    let turns = |i: usize| if i.is_multiple_of(2) { 1.0 } else { -1.0 };
     let w: Vec<f32> = (0..k).map(turns).collect();
     check_extremes::<8>(&w, &w, 1, k);
     check_extremes::<4>(&w, &w, 1, k);
