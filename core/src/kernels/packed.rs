@@ -225,17 +225,24 @@ impl PackedBf16 {
         let mut wide = vec![0.0; self.k.next_multiple_of(2) * width];
         for first in (0..self.n).step_by(width) {
             let cols = width.min(self.n - first);
-            for panel in 0..cols.div_ceil(NR) {
+            let panels = cols.div_ceil(NR);
+            let shared = SharedMut::new(&mut wide);
+            let widen_panel = |panel: usize| {
                 let start = (first / NR + panel) * words;
                 let pairs = self.words()[start..start + words].chunks_exact(NR);
-                for (pair, rows) in pairs.zip(wide.chunks_exact_mut(2 * width)) {
-                    let (low, high) = rows.split_at_mut(width);
-                    let low = &mut low[panel * NR..][..NR];
-                    let high = &mut high[panel * NR..][..NR];
+                for (p, pair) in pairs.enumerate() {
+                    let at = 2 * p * width + panel * NR;
+                    // SAFETY: these columns belong to this panel alone, and the two rows do not overlap.
+                    let (low, high) =
+                        unsafe { (shared.slice(at, NR), shared.slice(at + width, NR)) };
                     for ((word, low), high) in pair.iter().zip(low).zip(high) {
                         (*low, *high) = widen(*word);
                     }
                 }
+            };
+            match pool {
+                Some(pool) => pool.run(panels, widen_panel),
+                None => (0..panels).for_each(widen_panel),
             }
             let w = Mat::strided(&wide, self.k, cols, width);
             let y = MatMut::strided(&mut y[first..], t, cols, self.n);
