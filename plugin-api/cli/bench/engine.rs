@@ -22,7 +22,6 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let pool = args.pool();
     let all = [What::Prefill, What::Decode, What::Batch];
     let whats = args.what.map_or(all.to_vec(), |w| vec![w]);
-    let read_gb_s = read_bandwidth(&pool) / 1e9;
     let mut table = Table::new(&[
         "",
         "weights",
@@ -30,14 +29,14 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
         ">lowest",
         ">highest",
         ">MB",
-        ">% of read limit",
+        ">GB/s of weights",
         "kernels",
     ]);
     let mut rows = Vec::new();
     for format in args.formats(&[Weights::Bf16, Weights::Q8, Weights::Q4]) {
         let model = model.clone().packed(format);
         for &what in &whats {
-            let row = measure(args, &model, format, what, &pool, read_gb_s);
+            let row = measure(args, &model, format, what, &pool);
             table.row([
                 row["what"].as_str().unwrap_or("").into(),
                 format.name().into(),
@@ -45,9 +44,9 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
                 format!("{:.0}", row["lowest"].as_f64().unwrap_or(0.0)),
                 format!("{:.0}", row["highest"].as_f64().unwrap_or(0.0)),
                 format!("{:.0}", model.weight_bytes() as f64 / 1e6),
-                row["read_share"]
+                row["weight_gb_s"]
                     .as_f64()
-                    .map_or(String::new(), |s| format!("{:.0}", 100.0 * s)),
+                    .map_or(String::new(), |s| format!("{s:.1}")),
                 path(format).into(),
             ]);
             rows.push(row);
@@ -56,7 +55,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let machine = machine();
     out.table(&table);
     out.line(&format!(
-        "{name}; {} threads on {} ({} cores), which reads {read_gb_s:.1} GB/s; medians of {}",
+        "{name}; {} threads on {} ({} cores); medians of {}",
         pool.threads(),
         machine.processor,
         machine.cores,
@@ -64,20 +63,13 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     ));
     let tok_s = rows.first().map(|r| r["tok_s"].clone());
     out.result(&json!({
-        "tok_s": tok_s, "rows": rows, "threads": pool.threads(), "read_gb_s": read_gb_s, "model": name,
+        "tok_s": tok_s, "rows": rows, "threads": pool.threads(), "model": name,
         "peak_bytes": peak_bytes(), "machine": machine,
     }));
     Ok(())
 }
 
-fn measure(
-    args: &Args,
-    model: &Model,
-    format: WeightFormat,
-    what: What,
-    pool: &Pool,
-    read_gb_s: f64,
-) -> Value {
+fn measure(args: &Args, model: &Model, format: WeightFormat, what: What, pool: &Pool) -> Value {
     let vocab = model.config.vocab_size as u64;
     // Numbers that wander through the vocabulary; arithmetic does not depend on which.
     let token = |i: usize| ((i as u64 * 7919 + 101) % vocab) as u32;
@@ -117,12 +109,12 @@ fn measure(
     };
     let speed = |s: f64| tokens as f64 / s;
     // A step of decoding reads every weight once.
-    let read_share = steps
-        .map(|n| model.weight_bytes() as f64 * n as f64 / median(&seconds) / (read_gb_s * 1e9));
+    let weight_gb_s =
+        steps.map(|n| model.weight_bytes() as f64 * n as f64 / median(&seconds) / 1e9);
     json!({
         "what": name, "weights": format.name(), "tok_s": speed(median(&seconds)),
         "lowest": speed(seconds[seconds.len() - 1]), "highest": speed(seconds[0]),
-        "weight_bytes": model.weight_bytes(), "read_share": read_share, "kernels": path(format),
+        "weight_bytes": model.weight_bytes(), "weight_gb_s": weight_gb_s, "kernels": path(format),
     })
 }
 
@@ -174,24 +166,4 @@ fn likeliest(logits: &[f32]) -> u32 {
         }
     }
     best as u32
-}
-
-/// Bytes a second that the pool's threads read together from memory: 256 MiB, far more than any cache keeps, three times.
-fn read_bandwidth(pool: &Pool) -> f64 {
-    const WORDS: usize = 32 << 20;
-    let data: Vec<u64> = (0..WORDS as u64).collect();
-    let parts = 4 * pool.threads();
-    let seconds = timed(3, || {
-        pool.run(parts, |part| {
-            let piece = &data[part * WORDS / parts..(part + 1) * WORDS / parts];
-            let mut sums = [0u64; 32];
-            for line in piece.chunks_exact(32) {
-                for (sum, x) in sums.iter_mut().zip(line) {
-                    *sum ^= x;
-                }
-            }
-            black_box(sums);
-        });
-    });
-    8.0 * WORDS as f64 / seconds[0]
 }
