@@ -197,7 +197,9 @@ fn agents_are_served_while_a_student_is_made_and_nothing_is_lost() {
     );
     assert_eq!(stats.steps_by_student, answered);
     assert_eq!(stats.faulted, None);
-    if let (Some(before), Some(after)) = (settled, resident()) {
+    // In the short form other tests run beside it in this process, and some load a whole model.
+    let alone = std::env::var_os("LOCUM_SOAK_SECONDS").is_some();
+    if let (true, Some(before), Some(after)) = (alone, settled, resident()) {
         assert!(
             after < before + MAX_GROWTH_BYTES,
             "the process grew from {before} to {after} bytes"
