@@ -124,7 +124,7 @@ enum {
   LOCUM_WEIGHTS_F32 = 1,
   LOCUM_WEIGHTS_BF16 = 2,     /* what a student's file holds: nothing is lost                                    */
   LOCUM_WEIGHTS_Q8 = 3,       /* 8 bits: half of the memory and faster, answers may differ a little              */
-  LOCUM_WEIGHTS_Q4 = 4        /* 4 bits: for the smallest machines; see `locum bench --quality` for the cost     */
+  LOCUM_WEIGHTS_Q4 = 4        /* 4 bits: for the smallest machines; `locum bench quality` says what it costs     */
 };
 
 typedef struct {

@@ -37,7 +37,7 @@ pub struct Args {
     /// Threads that compute; 0 = as many as there are cores
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Tokens of a prompt, or of an answer
+    /// Tokens of a prompt, or of an answer; for `quality` the number of recorded steps
     #[arg(long)]
     tokens: Option<usize>,
     /// Times to measure; one more goes before them
