@@ -38,12 +38,22 @@ pub fn machine() -> Machine {
         ("AVX-512", f.avx512),
         ("AVX-512 VNNI", f.avx512_vnni),
         ("AVX-512 BF16", f.avx512_bf16),
+        ("AVX-VNNI", f.avx_vnni),
     ];
-    let kernels = match (f.avx512, f.avx2_fma) {
-        (true, _) => "f32 with AVX-512 matrix products and AVX2 elementwise",
-        (false, true) => "f32 with AVX2",
-        _ => "f32 without vector instructions of our own",
+    let plain = match (f.avx512, f.avx2_fma) {
+        (true, _) => "f32 and bf16 weights with AVX-512",
+        (false, true) => "f32 and bf16 weights with AVX2",
+        _ => "f32 and bf16 weights without vector instructions of our own",
     };
+    let bf16 = match (f.avx512_bf16_full_rate, f.avx512_bf16) {
+        (true, _) => ", bf16 products with VDPBF16PS",
+        (false, true) => ", bf16 widened (VDPBF16PS is no faster than f32 here)",
+        (false, false) => ", bf16 widened",
+    };
+    let kernels = format!(
+        "{plain}{bf16}; q8 and q4 with {:?}",
+        kernels::QuantPath::best()
+    );
     let graphics = match Path::new("/proc/driver/nvidia/version").exists() {
         true => "an NVIDIA driver is here, but this release computes on the processor only",
         false => "none found; this release computes on the processor only",
@@ -59,7 +69,7 @@ pub fn machine() -> Machine {
             .filter(|k| k.1)
             .map(|k| k.0.to_string())
             .collect(),
-        kernels: kernels.into(),
+        kernels,
         graphics: graphics.into(),
     }
 }
