@@ -1,8 +1,11 @@
 //! Causal grouped-query attention over packed sequences, forward and backward. Keys and values are read where they lie; scores
-//! exist for one block of queries of one head at a time.
+//! exist for one block of queries and one block of keys at a time (FlashAttention, arXiv:2205.14135).
+//!
+//! Keys stand in blocks of sixteen, transposed, so that one register holds the same element of sixteen keys: [`KeyLayout`].
 
 use std::cell::RefCell;
 
+use super::lanes::{on_lanes, Lanes, OnLanes, LANES};
 use super::matmul::{matmul, Mat, MatMut};
 use super::pool::{Pool, SharedMut};
 use super::simd;
@@ -19,10 +22,46 @@ impl AttentionShape {
     fn group(&self) -> usize {
         self.num_attention_heads / self.num_key_value_heads
     }
+
+    /// Where the keys of a sequence stand.
+    pub fn keys(&self) -> KeyLayout {
+        KeyLayout {
+            heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
+    }
+}
+
+/// Keys of a sequence as (s / 16, g, e, 16): element `c` of head `i` of key `j` is number `j % 16` of line (j / 16, i, c).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyLayout {
+    heads: usize,
+    head_dim: usize,
+}
+
+impl KeyLayout {
+    /// Numbers that `keys` keys take: whole blocks.
+    pub fn len(&self, keys: usize) -> usize {
+        keys.next_multiple_of(LANES) * self.heads * self.head_dim
+    }
+
+    /// Writes `rows` (n, g, e) as the keys `pos..pos + n`.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn write(&self, keys: &mut [f32], pos: usize, rows: &[f32]) {
+        let width = self.heads * self.head_dim;
+        for (j, row) in (pos..).zip(rows.chunks_exact(width)) {
+            let block = &mut keys[j / LANES * width * LANES..][..width * LANES];
+            for (line, x) in block.chunks_exact_mut(LANES).zip(row) {
+                line[j % LANES] = *x;
+            }
+        }
+    }
 }
 
 /// One sequence of a packed batch: queries in rows `row..row + len`, standing at positions `pos..pos + len`;
-/// `k`, `v` (pos + len, g, e) hold its keys and values from position 0 on.
+/// `k` in [`KeyLayout`] and `v` (pos + len, g, e) hold its keys and values from position 0 on.
 #[derive(Clone, Copy)]
 pub struct Span<'a> {
     pub row: usize,
@@ -32,8 +71,11 @@ pub struct Span<'a> {
     pub v: &'a [f32],
 }
 
-/// Queries of one head whose scores are in memory at a time.
-const QUERY_BLOCK: usize = 64;
+/// Positions of the queries whose scores are in memory at a time.
+const QUERY_BLOCK: usize = 32;
+/// Keys whose scores are in memory at a time. Blocks begin at its multiples, so that a query's result does not depend on what it
+/// was computed together with.
+const KEY_BLOCK: usize = 64;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -59,91 +101,416 @@ pub fn attention(
     spans: &[Span],
     out: &mut [f32],
 ) {
-    let (h, g, e) = (
-        shape.num_attention_heads,
-        shape.num_key_value_heads,
-        shape.head_dim,
-    );
-    for span in spans {
-        let s = span.pos + span.len;
-        assert!(
-            span.k.len() >= s * g * e
-                && span.v.len() >= s * g * e
-                && q.len() >= (span.row + span.len) * h * e
-        );
-    }
-    assert!(out.len() >= q.len());
     let items: Vec<(usize, usize, usize)> = spans
         .iter()
         .enumerate()
         .flat_map(|(i, span)| {
-            (0..h).flat_map(move |head| {
+            (0..shape.num_key_value_heads).flat_map(move |head| {
                 (0..span.len)
                     .step_by(QUERY_BLOCK)
                     .map(move |q0| (i, head, q0))
             })
         })
         .collect();
-    let shared = SharedMut::new(out);
-    let scale = 1.0 / (e as f32).sqrt();
+    assert!(out.len() >= q.len());
+    let out = SharedMut::new(out);
     let run = |item: usize| {
         let (i, head, q0) = items[item];
-        let span = &spans[i];
-        let n = QUERY_BLOCK.min(span.len - q0);
-        let kv_head = head / shape.group();
-        // Keys that the last query of the block may see.
-        let s = span.pos + q0 + n;
-        let first = (span.row + q0) * h * e + head * e;
-        with_scratch(n * s, |scores| {
-            if n <= 4 {
-                for r in 0..n {
-                    let query = &q[first + r * h * e..][..e];
-                    let visible = span.pos + q0 + r + 1;
-                    let row = &mut scores[r * s..][..visible];
-                    for (j, score) in row.iter_mut().enumerate() {
-                        *score = scale * simd::dot(query, &span.k[(j * g + kv_head) * e..][..e]);
-                    }
-                    softmax(row);
-                    // SAFETY: this row and head belong to this item alone.
-                    let out = unsafe { shared.slice(first + r * h * e, e) };
-                    out.fill(0.0);
-                    for (j, p) in row.iter().enumerate() {
-                        simd::axpy(*p, &span.v[(j * g + kv_head) * e..][..e], out);
-                    }
-                }
-                return;
-            }
-            let queries = Mat::strided(&q[first..], n, e, h * e);
-            let keys = Mat::strided(&span.k[kv_head * e..], s, e, g * e);
-            let values = Mat::strided(&span.v[kv_head * e..], s, e, g * e);
-            matmul(
-                None,
-                queries,
-                keys.t(),
-                scale,
-                false,
-                MatMut::new(scores, n, s),
-            );
-            for r in 0..n {
-                let visible = span.pos + q0 + r + 1;
-                let row = &mut scores[r * s..(r + 1) * s];
-                softmax(&mut row[..visible]);
-                row[visible..].fill(0.0);
-            }
-            for r in 0..n {
-                // SAFETY: as above.
-                unsafe { shared.slice(first + r * h * e, e) }.fill(0.0);
-            }
-            with_output(&shared, first, n, e, h * e, |out| {
-                matmul(None, Mat::new(scores, n, s), values, 1.0, false, out)
-            });
-        })
+        let count = QUERY_BLOCK.min(spans[i].len - q0);
+        // SAFETY: these rows of this group of heads belong to this item alone.
+        unsafe { attend(shape, q, &spans[i], head, (q0, count), &out) };
     };
     match pool {
         Some(pool) if items.len() > 1 => pool.run(items.len(), run),
         _ => (0..items.len()).for_each(run),
     }
 }
+
+/// [`attention`] for the rows `rows` of a batch alone, on the calling thread. `q` and `out` hold those rows and no others.
+pub fn attention_of_rows(
+    shape: AttentionShape,
+    q: &[f32],
+    spans: &[Span],
+    rows: std::ops::Range<usize>,
+    out: &mut [f32],
+) {
+    assert!(out.len() >= q.len());
+    let out = SharedMut::new(out);
+    for span in spans {
+        let (from, to) = (rows.start.max(span.row), rows.end.min(span.row + span.len));
+        let part = Span {
+            row: from.wrapping_sub(rows.start),
+            len: to.saturating_sub(from),
+            pos: span.pos + from.saturating_sub(span.row),
+            ..*span
+        };
+        for q0 in (0..part.len).step_by(QUERY_BLOCK) {
+            let count = QUERY_BLOCK.min(part.len - q0);
+            for head in 0..shape.num_key_value_heads {
+                // SAFETY: one thread.
+                unsafe { attend(shape, q, &part, head, (q0, count), &out) };
+            }
+        }
+    }
+}
+
+/// The `count` queries from `q0` on of a span, for the query heads that share the key/value head `kv_head`.
+///
+/// # Safety
+/// No other thread writes these rows of these heads of `out` or reads them.
+unsafe fn attend(
+    shape: AttentionShape,
+    q: &[f32],
+    span: &Span,
+    kv_head: usize,
+    (q0, count): (usize, usize),
+    out: &SharedMut<f32>,
+) {
+    let (e, group) = (shape.head_dim, shape.group());
+    let width = shape.num_attention_heads * e;
+    let kv_width = shape.num_key_value_heads * e;
+    let pos = span.pos + q0;
+    let s = pos + count;
+    assert!(
+        span.k.len() >= shape.keys().len(s)
+            && span.v.len() >= s * kv_width
+            && q.len() >= (span.row + q0 + count) * width,
+        "a span outside its buffers"
+    );
+    let m = count * group;
+    with_scratch(m * (2 * e + KEY_BLOCK + 2), |scratch| {
+        let (queries, rest) = scratch.split_at_mut(m * e);
+        let (sums, rest) = rest.split_at_mut(m * e);
+        let (scores, rest) = rest.split_at_mut(m * KEY_BLOCK);
+        let (largest, total) = rest.split_at_mut(m);
+        let scale = 1.0 / (e as f32).sqrt();
+        let first = |r: usize| (span.row + q0 + r) * width + kv_head * group * e;
+        for (r, to) in queries.chunks_exact_mut(group * e).enumerate() {
+            for (to, from) in to.iter_mut().zip(&q[first(r)..]) {
+                *to = from * scale;
+            }
+        }
+        sums.fill(0.0);
+        largest.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
+        on_lanes(Attend {
+            e,
+            group,
+            pos,
+            count,
+            kv_width,
+            keys: &span.k[kv_head * e * LANES..],
+            values: &span.v[kv_head * e..],
+            queries,
+            scores,
+            sums: &mut *sums,
+            largest,
+            total,
+        });
+        for (r, from) in sums.chunks_exact(group * e).enumerate() {
+            // SAFETY: the caller's promise.
+            let to = unsafe { out.slice(first(r), group * e) };
+            for (head, (to, from)) in to.chunks_mut(e).zip(from.chunks(e)).enumerate() {
+                let inverse = 1.0 / total[r * group + head];
+                for (to, from) in to.iter_mut().zip(from) {
+                    *to = from * inverse;
+                }
+            }
+        }
+    })
+}
+
+/// Running softmax over blocks of keys. Row `r · group + i` is query `r` in head `i` of the group.
+struct Attend<'a> {
+    e: usize,
+    group: usize,
+    /// Position of the first query.
+    pos: usize,
+    count: usize,
+    /// Numbers from one value to the next; a block of keys takes sixteen times as many.
+    kv_width: usize,
+    /// From this head's first on.
+    keys: &'a [f32],
+    values: &'a [f32],
+    /// (rows, e), divided by √e.
+    queries: &'a [f32],
+    /// (rows, KEY_BLOCK)
+    scores: &'a mut [f32],
+    /// (rows, e): Σ exp(score - largest) · value
+    sums: &'a mut [f32],
+    largest: &'a mut [f32],
+    total: &'a mut [f32],
+}
+
+impl OnLanes for Attend<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(mut self) {
+        let end = self.pos + self.count;
+        for first_key in (0..end).step_by(KEY_BLOCK) {
+            let keys = KEY_BLOCK.min(end - first_key);
+            // Queries before the block see none of it.
+            let row = first_key.saturating_sub(self.pos) * self.group;
+            // SAFETY: `attend` checked that keys and values up to `end` are there, keys up to whole blocks, and made the scratch.
+            unsafe {
+                self.score::<L>(row, first_key, keys);
+                self.softmax::<L>(row, first_key, keys);
+                self.add_values::<L>(row, first_key, keys);
+            }
+        }
+    }
+}
+
+impl Attend<'_> {
+    fn rows(&self) -> usize {
+        self.count * self.group
+    }
+
+    /// Keys of the block that row `row` sees.
+    #[inline(always)]
+    fn visible(&self, row: usize, first_key: usize, keys: usize) -> usize {
+        (self.pos + row / self.group + 1 - first_key).min(keys)
+    }
+
+    /// # Safety
+    /// The keys are there up to whole blocks of sixteen, and the scratch has its lengths.
+    #[inline(always)]
+    unsafe fn score<L: Lanes>(&mut self, mut row: usize, first_key: usize, keys: usize) {
+        let blocks = keys.div_ceil(LANES);
+        // SAFETY: the caller's promise; `R` rows and `B` blocks are left wherever they are taken.
+        unsafe {
+            if self.e % LANES != 0 {
+                // Registers full of one key's elements are no gain for such heads; tiny models have them.
+                while row < self.rows() {
+                    for block in 0..blocks {
+                        self.score_tile::<L, 1, 1>(row, first_key, block);
+                    }
+                    row += 1;
+                }
+                return;
+            }
+            while L::SUMS >= 12 && self.rows() - row >= 12 {
+                for block in 0..blocks {
+                    self.score_tile::<L, 12, 1>(row, first_key, block);
+                }
+                row += 12;
+            }
+            while L::SUMS >= 6 && self.rows() - row >= 6 {
+                for block in 0..blocks {
+                    self.score_tile::<L, 6, 1>(row, first_key, block);
+                }
+                row += 6;
+            }
+            while L::SUMS >= 6 && self.rows() - row >= 3 {
+                let mut block = 0;
+                while L::SUMS >= 12 && block + 4 <= blocks {
+                    self.score_tile::<L, 3, 4>(row, first_key, block);
+                    block += 4;
+                }
+                while block < blocks {
+                    self.score_tile::<L, 3, 1>(row, first_key, block);
+                    block += 1;
+                }
+                row += 3;
+            }
+            while row < self.rows() {
+                let mut block = 0;
+                while L::SUMS >= 6 && block + 4 <= blocks {
+                    self.score_tile::<L, 1, 4>(row, first_key, block);
+                    block += 4;
+                }
+                while block < blocks {
+                    self.score_tile::<L, 1, 1>(row, first_key, block);
+                    block += 1;
+                }
+                row += 1;
+            }
+        }
+    }
+
+    /// # Safety
+    /// Rows `row..row + R` and blocks `block..block + B` of the keys from `first_key` on are there.
+    #[inline(always)]
+    unsafe fn score_tile<L: Lanes, const R: usize, const B: usize>(
+        &mut self,
+        row: usize,
+        first_key: usize,
+        block: usize,
+    ) {
+        let e = self.e;
+        let stride = self.kv_width * LANES;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let keys = self.keys.as_ptr().add((first_key / LANES + block) * stride);
+            let queries = self.queries.as_ptr().add(row * e);
+            let mut sums = [[L::splat(0.0); B]; R];
+            for c in 0..e {
+                let mut lines = [L::splat(0.0); B];
+                for (b, line) in lines.iter_mut().enumerate() {
+                    *line = L::load(keys.add(b * stride + c * LANES));
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let query = L::splat(*queries.add(r * e + c));
+                    for (sum, line) in sums.iter_mut().zip(lines) {
+                        *sum = query.mul_add(line, *sum);
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (b, sum) in sums.iter().enumerate() {
+                    let at = (row + r) * KEY_BLOCK + (block + b) * LANES;
+                    sum.store(self.scores.as_mut_ptr().add(at));
+                }
+            }
+        }
+    }
+
+    /// Scores to exp(score - largest so far), with what was summed up before brought to the new largest.
+    ///
+    /// # Safety
+    /// The scratch has its lengths.
+    #[inline(always)]
+    unsafe fn softmax<L: Lanes>(&mut self, row: usize, first_key: usize, keys: usize) {
+        let whole = keys.next_multiple_of(LANES);
+        for row in row..self.rows() {
+            let scores = &mut self.scores[row * KEY_BLOCK..][..whole];
+            let visible = (self.pos + row / self.group + 1 - first_key).min(keys);
+            scores[visible..].fill(f32::NEG_INFINITY);
+            let mut top = L::splat(f32::NEG_INFINITY);
+            for line in scores.as_chunks::<LANES>().0 {
+                // SAFETY: a chunk has sixteen numbers.
+                top = unsafe { L::load(line.as_ptr()) }.max(top);
+            }
+            let before = self.largest[row];
+            let largest = before.max(top.largest());
+            if largest > before {
+                let shrink = (before - largest).exp();
+                self.largest[row] = largest;
+                self.total[row] *= shrink;
+                if before > f32::NEG_INFINITY {
+                    for sum in &mut self.sums[row * self.e..][..self.e] {
+                        *sum *= shrink;
+                    }
+                }
+            }
+            let largest = L::splat(largest);
+            let mut total = L::splat(0.0);
+            for line in scores.as_chunks_mut::<LANES>().0 {
+                // SAFETY: a chunk has sixteen numbers.
+                unsafe {
+                    let p = L::load(line.as_ptr()).sub(largest).exp();
+                    p.store(line.as_mut_ptr());
+                    total = total.add(p);
+                }
+            }
+            self.total[row] += total.sum();
+        }
+    }
+
+    /// # Safety
+    /// The values are there, and the scratch has its lengths.
+    #[inline(always)]
+    unsafe fn add_values<L: Lanes>(&mut self, mut row: usize, first_key: usize, keys: usize) {
+        let columns = self.e / LANES;
+        // SAFETY: the caller's promise; `R` rows and `C` columns are left wherever they are taken.
+        unsafe {
+            while row < self.rows() {
+                let left = self.rows() - row;
+                let mut c = 0;
+                if L::SUMS >= 24 {
+                    while c + 4 <= columns {
+                        match left {
+                            6.. => self.value_tile::<L, 6, 4>(row, c, first_key, keys),
+                            3.. => self.value_tile::<L, 3, 4>(row, c, first_key, keys),
+                            _ => self.value_tile::<L, 1, 4>(row, c, first_key, keys),
+                        }
+                        c += 4;
+                    }
+                }
+                while c < columns {
+                    match left {
+                        6.. if L::SUMS >= 6 => self.value_tile::<L, 6, 1>(row, c, first_key, keys),
+                        3.. => self.value_tile::<L, 3, 1>(row, c, first_key, keys),
+                        _ => self.value_tile::<L, 1, 1>(row, c, first_key, keys),
+                    }
+                    c += 1;
+                }
+                let rows = match left {
+                    6.. if L::SUMS >= 6 => 6,
+                    3.. => 3,
+                    _ => 1,
+                };
+                if self.e % LANES != 0 {
+                    self.add_rest(row, rows, columns * LANES, first_key, keys);
+                }
+                row += rows;
+            }
+        }
+    }
+
+    /// # Safety
+    /// Rows `row..row + R`, columns `16 c..16 (c + C)` and the values from `first_key` on are there.
+    #[inline(always)]
+    unsafe fn value_tile<L: Lanes, const R: usize, const C: usize>(
+        &mut self,
+        row: usize,
+        c: usize,
+        first_key: usize,
+        keys: usize,
+    ) {
+        // What a row of the tile does not see has probability 0.
+        let seen = self.visible(row + R - 1, first_key, keys);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let at = first_key * self.kv_width + c * LANES;
+            let values = self.values.as_ptr().add(at);
+            let scores = self.scores.as_ptr().add(row * KEY_BLOCK);
+            let out = self.sums.as_mut_ptr().add(row * self.e + c * LANES);
+            let mut sums = [[L::splat(0.0); C]; R];
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = L::load(out.add(r * self.e + i * LANES));
+                }
+            }
+            for j in 0..seen {
+                let mut line = [L::splat(0.0); C];
+                for (i, line) in line.iter_mut().enumerate() {
+                    *line = L::load(values.add(j * self.kv_width + i * LANES));
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let p = L::splat(*scores.add(r * KEY_BLOCK + j));
+                    for (sum, line) in sums.iter_mut().zip(line) {
+                        *sum = p.mul_add(line, *sum);
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (i, sum) in sums.iter().enumerate() {
+                    sum.store(out.add(r * self.e + i * LANES));
+                }
+            }
+        }
+    }
+
+    /// The columns from `column` on, fewer than sixteen.
+    fn add_rest(&mut self, row: usize, rows: usize, column: usize, first_key: usize, keys: usize) {
+        for row in row..row + rows {
+            let seen = self.visible(row, first_key, keys);
+            let scores = &self.scores[row * KEY_BLOCK..][..seen];
+            for (j, p) in scores.iter().enumerate() {
+                let value = &self.values[(first_key + j) * self.kv_width..][..self.e];
+                let sums = &mut self.sums[row * self.e..][..self.e];
+                for (sum, v) in sums[column..].iter_mut().zip(&value[column..]) {
+                    *sum += p * v;
+                }
+            }
+        }
+    }
+}
+
+/// Queries of one head whose scores are in memory at a time in the backward pass.
+const ROW_BLOCK: usize = 64;
 
 /// Writes a strided block of (n, e) through a dense buffer, because two heads' rows interleave in memory.
 fn with_output(
@@ -154,7 +521,7 @@ fn with_output(
     stride: usize,
     fill: impl FnOnce(MatMut),
 ) {
-    let mut dense = [0f32; QUERY_BLOCK * 256];
+    let mut dense = [0f32; ROW_BLOCK * 256];
     let mut big;
     let dense: &mut [f32] = if n * e <= dense.len() {
         &mut dense[..n * e]
@@ -205,7 +572,7 @@ pub fn attention_backward(
     let run = |item: usize| {
         let (i, kv_head) = items[item];
         let (row, n) = rows[i];
-        let block = QUERY_BLOCK.min(n);
+        let block = ROW_BLOCK.min(n);
         let mut dk_sum = vec![0f32; n * e];
         let mut dv_sum = vec![0f32; n * e];
         with_scratch(2 * block * n, |scratch| {
@@ -288,19 +655,48 @@ pub fn attention_backward(
 }
 
 /// `x = exp(x - max x) / Σ exp(x - max x)`.
-fn softmax(x: &mut [f32]) {
-    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for x in x.iter_mut() {
-        *x = (*x - max).exp();
-        sum += *x;
+pub(super) fn softmax(x: &mut [f32]) {
+    on_lanes(Softmax(x))
+}
+
+struct Softmax<'a>(&'a mut [f32]);
+
+impl OnLanes for Softmax<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (whole, rest) = self.0.as_chunks_mut::<LANES>();
+        let mut top = L::splat(f32::NEG_INFINITY);
+        for line in whole.iter() {
+            // SAFETY: a chunk has sixteen numbers.
+            top = unsafe { L::load(line.as_ptr()) }.max(top);
+        }
+        let max = rest.iter().copied().fold(top.largest(), f32::max);
+        let largest = L::splat(max);
+        let mut total = L::splat(0.0);
+        for line in whole.iter_mut() {
+            // SAFETY: a chunk has sixteen numbers.
+            unsafe {
+                let p = L::load(line.as_ptr()).sub(largest).exp();
+                p.store(line.as_mut_ptr());
+                total = total.add(p);
+            }
+        }
+        let mut total = total.sum();
+        for x in rest.iter_mut() {
+            *x = (*x - max).exp();
+            total += *x;
+        }
+        let inverse = 1.0 / total;
+        whole.as_flattened_mut().iter_mut().for_each(|x| *x *= inverse);
+        rest.iter_mut().for_each(|x| *x *= inverse);
     }
-    let inv = 1.0 / sum;
-    x.iter_mut().for_each(|x| *x *= inv);
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::lanes::on_each_kind_of_lanes;
     use super::*;
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
@@ -309,7 +705,7 @@ mod tests {
             .collect()
     }
 
-    /// The definition, one query and one key at a time, in f64.
+    /// The definition, one query and one key at a time, in f64. The span's keys are (s, g, e) here.
     fn slow(shape: AttentionShape, q: &[f32], span: &Span) -> Vec<f32> {
         let (h, g, e) = (
             shape.num_attention_heads,
@@ -349,48 +745,67 @@ mod tests {
         head_dim: 8,
     };
 
+    /// Prefill, decode and both in one batch: (new rows, rows before) of each sequence.
+    fn check(shape: AttentionShape, lens: &[(usize, usize)], pool: Option<&Pool>) {
+        let (h, e) = (shape.num_attention_heads, shape.head_dim);
+        let width = shape.num_key_value_heads * e;
+        let t: usize = lens.iter().map(|l| l.0).sum();
+        let q = numbers(t * h * e, 3);
+        let caches: Vec<_> = (0..lens.len())
+            .map(|i| {
+                let s = lens[i].0 + lens[i].1;
+                let (k, v) = (numbers(s * width, 10 + i), numbers(s * width, 50 + i));
+                // What stands behind the last key must not matter.
+                let mut blocked = vec![f32::NAN; shape.keys().len(s)];
+                shape.keys().write(&mut blocked, 0, &k[..lens[i].1 * width]);
+                shape.keys().write(&mut blocked, lens[i].1, &k[lens[i].1 * width..]);
+                (k, blocked, v)
+            })
+            .collect();
+        let (mut fast, mut plain, mut row) = (Vec::new(), Vec::new(), 0);
+        for (&(len, pos), (k, blocked, v)) in lens.iter().zip(&caches) {
+            let span = Span { row, len, pos, k, v };
+            plain.push(span);
+            fast.push(Span { k: blocked, ..span });
+            row += len;
+        }
+        let mut out = vec![9.0; q.len()];
+        attention(pool, shape, &q, &fast, &mut out);
+        for span in &plain {
+            let want = slow(shape, &q, span);
+            let got = &out[span.row * h * e..][..span.len * h * e];
+            for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+                assert!((g - w).abs() < 1e-5, "{shape:?} {lens:?} row {} number {i}: {g}, not {w}", span.row);
+            }
+        }
+        let middle = t / 3..t - t / 4;
+        let range = middle.start * h * e..middle.end * h * e;
+        let mut part = vec![9.0; range.len()];
+        attention_of_rows(shape, &q[range.clone()], &fast, middle, &mut part);
+        assert_eq!(part, out[range], "a row's result depends on its company: {lens:?}");
+    }
+
     #[test]
     fn attention_agrees_with_the_definition_for_prefill_decode_and_mixed_batches() {
         let pool = Pool::new(2, 0);
-        let (g, e) = (2, 8);
-        let lens = [(70, 0), (1, 33), (3, 0), (130, 5), (1, 0)];
-        let t: usize = lens.iter().map(|l| l.0).sum();
-        let q = numbers(t * 6 * e, 3);
-        let caches: Vec<_> = lens
-            .iter()
-            .enumerate()
-            .map(|(i, (len, pos))| {
-                (
-                    numbers((len + pos) * g * e, 10 + i),
-                    numbers((len + pos) * g * e, 50 + i),
-                )
-            })
-            .collect();
-        let mut row = 0;
-        let spans: Vec<Span> = lens
-            .iter()
-            .zip(&caches)
-            .map(|(&(len, pos), (k, v))| {
-                row += len;
-                Span {
-                    row: row - len,
-                    len,
-                    pos,
-                    k,
-                    v,
-                }
-            })
-            .collect();
-        let mut out = vec![9.0; q.len()];
-        attention(Some(&pool), SHAPE, &q, &spans, &mut out);
-        for span in &spans {
-            let want = slow(SHAPE, &q, span);
-            let got = &out[span.row * 6 * e..][..span.len * 6 * e];
-            assert!(
-                got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-5),
-                "span at {}",
-                span.row
-            );
+        let lens = [(70, 0), (1, 33), (3, 0), (130, 5), (1, 0), (1, 200)];
+        check(SHAPE, &lens, Some(&pool));
+        on_each_kind_of_lanes(|| {
+            for (h, g, e) in [(6, 2, 8), (9, 3, 64), (4, 4, 16), (5, 1, 80), (8, 2, 128), (1, 1, 24)] {
+                let shape = AttentionShape { num_attention_heads: h, num_key_value_heads: g, head_dim: e };
+                check(shape, &lens, None);
+            }
+        });
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        #[test]
+        fn attention_agrees_with_the_definition_for_any_shape(
+            group in 1usize..5, g in 1usize..4, e in 1usize..70, lens in proptest::collection::vec((1usize..80, 0usize..150), 1..4),
+        ) {
+            let shape = AttentionShape { num_attention_heads: group * g, num_key_value_heads: g, head_dim: e };
+            on_each_kind_of_lanes(|| check(shape, &lens, None));
         }
     }
 

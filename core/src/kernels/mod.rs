@@ -8,6 +8,7 @@ mod attention;
 mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod bf16_x86;
+mod lanes;
 mod matmul;
 mod packed;
 mod pointwise;
@@ -16,7 +17,7 @@ mod quant;
 mod random;
 mod simd;
 
-pub use attention::{attention, attention_backward, AttentionGrad, AttentionShape, Span};
+pub use attention::{attention, attention_backward, attention_of_rows, AttentionGrad, AttentionShape, KeyLayout, Span};
 pub use bf16::{matmul_bf16, round_bf16};
 pub use matmul::{matmul, matmul_nt_small, Mat, MatMut};
 pub use packed::PackedBf16;

@@ -1,5 +1,6 @@
 //! RMSNorm, rotary embedding, SwiGLU: row by row, split over the pool, each with its backward pass.
 
+use super::lanes::{on_lanes, Lanes, OnLanes, LANES};
 use super::pool::{Pool, SharedMut};
 use super::simd;
 
@@ -24,8 +25,23 @@ fn by_rows(pool: Option<&Pool>, rows: usize, width: usize, body: impl Fn(usize, 
 /// `x += y`.
 pub fn add_in_place(x: &mut [f32], y: &[f32]) {
     assert_eq!(x.len(), y.len());
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
+    on_lanes(Add { x, y })
+}
+
+struct Add<'a> {
+    x: &'a mut [f32],
+    y: &'a [f32],
+}
+
+impl OnLanes for Add<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        // Simple enough for the compiler to find the registers by itself, once it is compiled for them.
+        for (x, y) in self.x.iter_mut().zip(self.y) {
+            *x += y;
+        }
     }
 }
 
@@ -35,16 +51,33 @@ pub fn rms_norm(pool: Option<&Pool>, x: &[f32], w: &[f32], eps: f32, out: &mut [
     let rows = x.len() / d;
     let shared = SharedMut::new(out);
     by_rows(pool, rows, d, |start, end| {
-        for r in start..end {
-            let x = &x[r * d..(r + 1) * d];
-            let scale = 1.0 / (simd::dot(x, x) / d as f32 + eps).sqrt();
-            // SAFETY: row r belongs to this part alone.
-            let out = unsafe { shared.slice(r * d, d) };
-            for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
+        // SAFETY: these rows belong to this part alone.
+        let out = unsafe { shared.slice(start * d, (end - start) * d) };
+        let x = &x[start * d..end * d];
+        on_lanes(RmsNorm { x, w, eps, out });
+    });
+}
+
+struct RmsNorm<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl OnLanes for RmsNorm<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let d = self.w.len();
+        for (x, out) in self.x.chunks_exact(d).zip(self.out.chunks_exact_mut(d)) {
+            let scale = 1.0 / (simd::dot(x, x) / d as f32 + self.eps).sqrt();
+            for ((o, x), w) in out.iter_mut().zip(x).zip(self.w) {
                 *o = x * scale * w;
             }
         }
-    });
+    }
 }
 
 /// Backward of [`rms_norm`]: adds to `dx`, and to `dw` where given. Shapes: x, dy, dx (t, d); w, dw (d).
@@ -168,16 +201,34 @@ fn rotate(
             let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
             // SAFETY: row r belongs to this part alone.
             let row = unsafe { shared.slice(r * heads * e, heads * e) };
-            for head in row.chunks_exact_mut(e) {
-                let (a, b) = head.split_at_mut(half);
-                for i in 0..half {
-                    let (x, y) = (a[i], b[i]);
-                    a[i] = x * cos[i] - sign * y * sin[i];
-                    b[i] = y * cos[i] + sign * x * sin[i];
-                }
-            }
+            on_lanes(Rotate { row, cos, sin, sign });
         }
     });
+}
+
+struct Rotate<'a> {
+    row: &'a mut [f32],
+    cos: &'a [f32],
+    sin: &'a [f32],
+    sign: f32,
+}
+
+impl OnLanes for Rotate<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let half = self.cos.len();
+        let angles = || self.cos.iter().zip(&self.sin[..half]);
+        for head in self.row.chunks_exact_mut(2 * half) {
+            let (a, b) = head.split_at_mut(half);
+            for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(angles()) {
+                let (x, y) = (*a, *b);
+                *a = x * cos - self.sign * y * sin;
+                *b = y * cos + self.sign * x * sin;
+            }
+        }
+    }
 }
 
 /// `out = silu(gate) ∘ up` (GLU variants, arXiv:2002.05202, eq. 6 with SiLU). Shapes: all (t, f).
@@ -188,14 +239,40 @@ pub fn swiglu(pool: Option<&Pool>, gate: &[f32], up: &[f32], width: usize, out: 
         let (from, len) = (start * width, (end - start) * width);
         // SAFETY: these rows belong to this part alone.
         let out = unsafe { shared.slice(from, len) };
-        for ((o, g), u) in out
-            .iter_mut()
-            .zip(&gate[from..from + len])
-            .zip(&up[from..from + len])
-        {
-            *o = g / (1.0 + (-g).exp()) * u;
-        }
+        let (gate, up) = (&gate[from..from + len], &up[from..from + len]);
+        on_lanes(SwiGlu { gate, up, out });
     });
+}
+
+struct SwiGlu<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl OnLanes for SwiGlu<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let n = self.out.len();
+        assert!(self.gate.len() == n && self.up.len() == n);
+        let (gate, up, out) = (self.gate.as_ptr(), self.up.as_ptr(), self.out.as_mut_ptr());
+        let whole = n / LANES * LANES;
+        // SAFETY: all three hold `n` numbers.
+        unsafe {
+            for i in (0..whole).step_by(LANES) {
+                let product = L::load(gate.add(i)).silu().mul(L::load(up.add(i)));
+                product.store(out.add(i));
+            }
+            let rest = n - whole;
+            if rest > 0 {
+                let gate = L::load_first(gate.add(whole), rest);
+                let up = L::load_first(up.add(whole), rest);
+                gate.silu().mul(up).store_first(out.add(whole), rest);
+            }
+        }
+    }
 }
 
 /// Backward of [`swiglu`]: from `dh` to `dgate`, `dup` (overwritten). Shapes: all (t, f).
@@ -212,18 +289,52 @@ pub fn swiglu_backward(
         let (from, len) = (start * width, (end - start) * width);
         // SAFETY: these rows belong to this part alone.
         let (dgate, dup) = unsafe { (dgate.slice(from, len), dup.slice(from, len)) };
-        for i in 0..len {
-            let (g, u, dh) = (gate[from + i], up[from + i], dh[from + i]);
-            let sigmoid = 1.0 / (1.0 + (-g).exp());
-            let silu = g * sigmoid;
-            dup[i] = dh * silu;
-            dgate[i] = dh * u * (sigmoid + silu * (1.0 - sigmoid));
-        }
+        on_lanes(SwiGluBackward {
+            gate: &gate[from..from + len],
+            up: &up[from..from + len],
+            dh: &dh[from..from + len],
+            dgate,
+            dup,
+        });
     });
+}
+
+struct SwiGluBackward<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    dh: &'a [f32],
+    dgate: &'a mut [f32],
+    dup: &'a mut [f32],
+}
+
+impl OnLanes for SwiGluBackward<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let n = self.gate.len();
+        assert!([self.up.len(), self.dh.len(), self.dgate.len(), self.dup.len()] == [n; 4]);
+        let one = L::splat(1.0);
+        for i in (0..n).step_by(LANES) {
+            let count = LANES.min(n - i);
+            // SAFETY: all five hold `n` numbers, and `count` of them from `i` on.
+            unsafe {
+                let load = |from: &[f32]| L::load_first(from.as_ptr().add(i), count);
+                let (g, u, dh) = (load(self.gate), load(self.up), load(self.dh));
+                let sigmoid = one.div(one.add(L::splat(0.0).sub(g).exp()));
+                let silu = g.mul(sigmoid);
+                let slope = silu.mul_add(one.sub(sigmoid), sigmoid);
+                dh.mul(silu).store_first(self.dup.as_mut_ptr().add(i), count);
+                let dgate = dh.mul(u).mul(slope);
+                dgate.store_first(self.dgate.as_mut_ptr().add(i), count);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::lanes::on_each_kind_of_lanes;
     use super::*;
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
@@ -287,6 +398,33 @@ mod tests {
             let mut y = x.to_vec();
             rope(None, &table, &mut y, 2, &positions);
             weigh(&y, &dy)
+        });
+    }
+
+    #[test]
+    fn every_kind_of_lanes_agrees_with_the_definitions_over_odd_widths() {
+        on_each_kind_of_lanes(|| {
+            for width in [1, 2, 15, 16, 17, 33, 100, 576] {
+                let (gate, up, w) = (numbers(3 * width, 1), numbers(3 * width, 2), numbers(width, 3));
+                let mut out = vec![0.0; 3 * width];
+                swiglu(None, &gate, &up, width, &mut out);
+                for ((got, g), u) in out.iter().zip(&gate).zip(&up) {
+                    let want = *g as f64 / (1.0 + (-*g as f64).exp()) * *u as f64;
+                    assert!((*got as f64 - want).abs() < 2e-6, "{width}: {got}, not {want}");
+                }
+                rms_norm(None, &gate, &w, 1e-5, &mut out);
+                for (got, x) in out.chunks(width).zip(gate.chunks(width)) {
+                    let mean = x.iter().map(|x| (*x as f64).powi(2)).sum::<f64>() / width as f64;
+                    let scale = 1.0 / (mean + 1e-5).sqrt();
+                    for ((got, x), w) in got.iter().zip(x).zip(&w) {
+                        let want = *x as f64 * scale * *w as f64;
+                        assert!((*got as f64 - want).abs() < 1e-5, "{width}: {got}, not {want}");
+                    }
+                }
+                let mut sum = gate.clone();
+                add_in_place(&mut sum, &up);
+                assert!(sum.iter().zip(&gate).zip(&up).all(|((s, g), u)| *s == g + u));
+            }
         });
     }
 }
