@@ -42,7 +42,12 @@ pub struct KeyLayout {
 impl KeyLayout {
     /// Numbers that `keys` keys take: whole blocks.
     pub fn len(&self, keys: usize) -> usize {
-        keys.next_multiple_of(LANES) * self.heads * self.head_dim
+        self.whole_blocks(keys) * self.heads * self.head_dim
+    }
+
+    /// Keys in as many blocks as `keys` keys take.
+    pub fn whole_blocks(&self, keys: usize) -> usize {
+        keys.next_multiple_of(LANES)
     }
 
     /// Writes `rows` (n, g, e) as the keys `pos..pos + n`.
@@ -50,11 +55,26 @@ impl KeyLayout {
     /// # Panics
     /// If they do not fit.
     pub fn write(&self, keys: &mut [f32], pos: usize, rows: &[f32]) {
+        // SAFETY: the borrow is exclusive.
+        unsafe { self.write_shared(&SharedMut::new(keys), pos, rows) }
+    }
+
+    /// [`Self::write`] while other threads write other keys.
+    ///
+    /// # Safety
+    /// No other thread writes these keys or reads them.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub unsafe fn write_shared(&self, keys: &SharedMut<f32>, pos: usize, rows: &[f32]) {
         let width = self.heads * self.head_dim;
+        let end = pos + rows.len() / width;
+        assert!(self.len(end) <= keys.len(), "keys up to {end} do not fit");
         for (j, row) in (pos..).zip(rows.chunks_exact(width)) {
-            let block = &mut keys[j / LANES * width * LANES..][..width * LANES];
-            for (line, x) in block.chunks_exact_mut(LANES).zip(row) {
-                line[j % LANES] = *x;
+            let first = j / LANES * width * LANES + j % LANES;
+            for (c, x) in row.iter().enumerate() {
+                // SAFETY: inside by the assertion above; a key's elements belong to this thread.
+                unsafe { keys.as_ptr().add(first + c * LANES).write(*x) };
             }
         }
     }
@@ -689,7 +709,10 @@ impl OnLanes for Softmax<'_> {
             total += *x;
         }
         let inverse = 1.0 / total;
-        whole.as_flattened_mut().iter_mut().for_each(|x| *x *= inverse);
+        whole
+            .as_flattened_mut()
+            .iter_mut()
+            .for_each(|x| *x *= inverse);
         rest.iter_mut().for_each(|x| *x *= inverse);
     }
 }
@@ -758,13 +781,21 @@ mod tests {
                 // What stands behind the last key must not matter.
                 let mut blocked = vec![f32::NAN; shape.keys().len(s)];
                 shape.keys().write(&mut blocked, 0, &k[..lens[i].1 * width]);
-                shape.keys().write(&mut blocked, lens[i].1, &k[lens[i].1 * width..]);
+                shape
+                    .keys()
+                    .write(&mut blocked, lens[i].1, &k[lens[i].1 * width..]);
                 (k, blocked, v)
             })
             .collect();
         let (mut fast, mut plain, mut row) = (Vec::new(), Vec::new(), 0);
         for (&(len, pos), (k, blocked, v)) in lens.iter().zip(&caches) {
-            let span = Span { row, len, pos, k, v };
+            let span = Span {
+                row,
+                len,
+                pos,
+                k,
+                v,
+            };
             plain.push(span);
             fast.push(Span { k: blocked, ..span });
             row += len;
@@ -775,14 +806,21 @@ mod tests {
             let want = slow(shape, &q, span);
             let got = &out[span.row * h * e..][..span.len * h * e];
             for (i, (g, w)) in got.iter().zip(&want).enumerate() {
-                assert!((g - w).abs() < 1e-5, "{shape:?} {lens:?} row {} number {i}: {g}, not {w}", span.row);
+                assert!(
+                    (g - w).abs() < 1e-5,
+                    "{shape:?} {lens:?} row {} number {i}: {g}, not {w}",
+                    span.row
+                );
             }
         }
         let middle = t / 3..t - t / 4;
         let range = middle.start * h * e..middle.end * h * e;
         let mut part = vec![9.0; range.len()];
         attention_of_rows(shape, &q[range.clone()], &fast, middle, &mut part);
-        assert_eq!(part, out[range], "a row's result depends on its company: {lens:?}");
+        assert_eq!(
+            part, out[range],
+            "a row's result depends on its company: {lens:?}"
+        );
     }
 
     #[test]
@@ -791,8 +829,19 @@ mod tests {
         let lens = [(70, 0), (1, 33), (3, 0), (130, 5), (1, 0), (1, 200)];
         check(SHAPE, &lens, Some(&pool));
         on_each_kind_of_lanes(|| {
-            for (h, g, e) in [(6, 2, 8), (9, 3, 64), (4, 4, 16), (5, 1, 80), (8, 2, 128), (1, 1, 24)] {
-                let shape = AttentionShape { num_attention_heads: h, num_key_value_heads: g, head_dim: e };
+            for (h, g, e) in [
+                (6, 2, 8),
+                (9, 3, 64),
+                (4, 4, 16),
+                (5, 1, 80),
+                (8, 2, 128),
+                (1, 1, 24),
+            ] {
+                let shape = AttentionShape {
+                    num_attention_heads: h,
+                    num_key_value_heads: g,
+                    head_dim: e,
+                };
                 check(shape, &lens, None);
             }
         });

@@ -32,6 +32,11 @@ pub(super) trait Lanes: Copy {
     fn pow2(self) -> Self;
     fn sum(self) -> f32;
     fn largest(self) -> f32;
+    /// Sixteen pairs of bf16: the lower half of each word, and the upper one.
+    ///
+    /// # Safety
+    /// Sixteen words can be read there.
+    unsafe fn widen(from: *const u32) -> (Self, Self);
 
     /// The first `n < 16` numbers, zeros behind them.
     ///
@@ -230,7 +235,10 @@ impl Lanes for Plain {
 
     #[inline(always)]
     fn pow2(self) -> Self {
-        Self(self.0.map(|n| f32::from_bits(((n as i32 + 127) << 23) as u32)))
+        Self(
+            self.0
+                .map(|n| f32::from_bits(((n as i32 + 127) << 23) as u32)),
+        )
     }
 
     #[inline(always)]
@@ -241,6 +249,17 @@ impl Lanes for Plain {
     #[inline(always)]
     fn largest(self) -> f32 {
         self.0.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    #[inline(always)]
+    unsafe fn widen(from: *const u32) -> (Self, Self) {
+        // SAFETY: the caller's promise.
+        let words = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
+        let low = words.map(|word| f32::from_bits(word << 16));
+        (
+            Self(low),
+            Self(words.map(|word| f32::from_bits(word & 0xffff_0000))),
+        )
     }
 }
 
@@ -349,6 +368,19 @@ mod x86 {
         fn largest(self) -> f32 {
             unsafe { _mm512_reduce_max_ps(self.0) }
         }
+
+        #[inline(always)]
+        unsafe fn widen(from: *const u32) -> (Self, Self) {
+            unsafe {
+                let words = _mm512_loadu_si512(from.cast());
+                let low = _mm512_slli_epi32::<16>(words);
+                let high = _mm512_and_si512(words, _mm512_set1_epi32(-65536));
+                (
+                    Self(_mm512_castsi512_ps(low)),
+                    Self(_mm512_castsi512_ps(high)),
+                )
+            }
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -379,22 +411,42 @@ mod x86 {
 
         #[inline(always)]
         fn add(self, other: Self) -> Self {
-            unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+            unsafe {
+                Self(
+                    _mm256_add_ps(self.0, other.0),
+                    _mm256_add_ps(self.1, other.1),
+                )
+            }
         }
 
         #[inline(always)]
         fn sub(self, other: Self) -> Self {
-            unsafe { Self(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+            unsafe {
+                Self(
+                    _mm256_sub_ps(self.0, other.0),
+                    _mm256_sub_ps(self.1, other.1),
+                )
+            }
         }
 
         #[inline(always)]
         fn mul(self, other: Self) -> Self {
-            unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+            unsafe {
+                Self(
+                    _mm256_mul_ps(self.0, other.0),
+                    _mm256_mul_ps(self.1, other.1),
+                )
+            }
         }
 
         #[inline(always)]
         fn div(self, other: Self) -> Self {
-            unsafe { Self(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
+            unsafe {
+                Self(
+                    _mm256_div_ps(self.0, other.0),
+                    _mm256_div_ps(self.1, other.1),
+                )
+            }
         }
 
         #[inline(always)]
@@ -409,12 +461,22 @@ mod x86 {
 
         #[inline(always)]
         fn max(self, other: Self) -> Self {
-            unsafe { Self(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+            unsafe {
+                Self(
+                    _mm256_max_ps(self.0, other.0),
+                    _mm256_max_ps(self.1, other.1),
+                )
+            }
         }
 
         #[inline(always)]
         fn min(self, other: Self) -> Self {
-            unsafe { Self(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
+            unsafe {
+                Self(
+                    _mm256_min_ps(self.0, other.0),
+                    _mm256_min_ps(self.1, other.1),
+                )
+            }
         }
 
         #[inline(always)]
@@ -441,6 +503,20 @@ mod x86 {
             let mut out = [0.0; 8];
             unsafe { _mm256_storeu_ps(out.as_mut_ptr(), _mm256_max_ps(self.0, self.1)) };
             out.into_iter().fold(f32::NEG_INFINITY, f32::max)
+        }
+
+        #[inline(always)]
+        unsafe fn widen(from: *const u32) -> (Self, Self) {
+            unsafe {
+                let half = |at: *const u32| {
+                    let words = _mm256_loadu_si256(at.cast());
+                    let low = _mm256_slli_epi32::<16>(words);
+                    let high = _mm256_and_si256(words, _mm256_set1_epi32(-65536));
+                    (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
+                };
+                let (a, b) = (half(from), half(from.add(8)));
+                (Self(a.0, b.0), Self(a.1, b.1))
+            }
         }
     }
 }
@@ -497,7 +573,10 @@ mod tests {
             }
         }
         for got in on_all_lanes(Exp(&[f32::NAN, 1e9, 3.0])) {
-            assert!(got[0].is_nan() && got[1] > 2e38 && got[1].is_finite(), "{got:?}");
+            assert!(
+                got[0].is_nan() && got[1] > 2e38 && got[1].is_finite(),
+                "{got:?}"
+            );
         }
     }
 

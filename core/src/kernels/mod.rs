@@ -11,19 +11,23 @@ mod bf16_x86;
 mod lanes;
 mod matmul;
 mod packed;
+mod panels;
 mod pointwise;
 mod pool;
 mod quant;
 mod random;
 mod simd;
 
-pub use attention::{attention, attention_backward, attention_of_rows, AttentionGrad, AttentionShape, KeyLayout, Span};
+pub use attention::{
+    attention, attention_backward, attention_of_rows, AttentionGrad, AttentionShape, KeyLayout,
+    Span,
+};
 pub use bf16::{matmul_bf16, round_bf16};
 pub use matmul::{matmul, matmul_nt_small, Mat, MatMut};
 pub use packed::PackedBf16;
 pub use pointwise::{
     add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward,
-    RopeTable,
+    swiglu_in_place, RopeTable,
 };
 pub use pool::{quiet_thread, Attention, Pool, SharedMut};
 pub use quant::{PackedQ4, PackedQ8, QuantPath};

@@ -3,23 +3,19 @@
 use super::bf16::{bf16_bits, Line};
 #[cfg(target_arch = "x86_64")]
 use super::bf16_x86::PREFETCH_WORDS;
-use super::matmul::{matmul, Mat, MatMut};
+use super::lanes::{on_lanes, Lanes, OnLanes, LANES};
+#[cfg(target_arch = "x86_64")]
+use super::matmul::{Mat, MatMut};
+use super::panels::share_out;
 use super::pool::{Pool, SharedMut};
 use super::simd;
 
 /// Rows of the weight, that is columns of the product, in a panel.
 const NR: usize = 32;
-/// Most rows of x for which a product without AVX512_BF16 widens the weight in registers, once for each [`Path::rows_at_once`] of them.
-/// From about 100 rows on, widening it once for `gemm` is faster (measured on 576 x 576, AVX-512).
-const FEW_ROWS: usize = 64;
-/// Most rows of x that share one widening.
-const ROWS_AT_ONCE: usize = 4;
-/// Panels that are widened to `f32` at a time for more rows: 512 columns.
-const WIDE_PANELS: usize = 16;
-/// Below this many bytes of weight a second thread costs more than it brings to a few rows.
-const THREADS_FROM_BYTES: usize = 1 << 17;
-/// Parts a thread, so that one which the host has taken away does not hold up the others for long.
-const PARTS_PER_THREAD: usize = 4;
+/// Most rows of x that share one widening of a panel.
+const MAX_ROWS: usize = 12;
+/// Below this a second thread costs more than it brings: bytes of weights to read, and four multiplications count as one.
+const MIN_SHARED_WORK: usize = 1 << 17;
 
 /// A weight (n, k) rounded to bf16, as `[n / 32][k / 2][32][2]`: panels of 32 rows, in each the pairs along k of all rows side by side.
 ///
@@ -36,31 +32,15 @@ pub struct PackedBf16 {
 enum Path {
     /// VDPBF16PS on x rounded to bf16.
     Bf16,
-    /// The weight widened to `f32`, with AVX-512.
-    Avx512,
-    /// The weight widened to `f32`, with AVX2 and FMA.
-    Avx2,
-    /// The weight widened to `f32`, with what every processor has.
-    Plain,
+    /// The weight widened to `f32` in registers, sixteen numbers at a time.
+    Widened,
 }
 
 impl Path {
     fn best() -> Self {
-        let features = simd::features();
-        match () {
-            _ if features.avx512_bf16_full_rate => Path::Bf16,
-            _ if features.avx512 => Path::Avx512,
-            _ if features.avx2_fma => Path::Avx2,
-            _ => Path::Plain,
-        }
-    }
-
-    /// Rows of x whose sums fit the registers: twice as many and they spill, at half the speed.
-    fn rows_at_once(self) -> usize {
-        match self {
-            Path::Bf16 | Path::Avx512 => ROWS_AT_ONCE,
-            Path::Avx2 => 2,
-            Path::Plain => 1,
+        match simd::features().avx512_bf16_full_rate {
+            true => Path::Bf16,
+            false => Path::Widened,
         }
     }
 }
@@ -133,121 +113,91 @@ impl PackedBf16 {
     /// # Panics
     /// If x or y is shorter than its shape.
     pub fn product(&self, pool: Option<&Pool>, x: &[f32], t: usize, y: &mut [f32]) {
+        Self::products(&[self], pool, x, t, &mut [y])
+    }
+
+    /// [`Self::product`] of the same rows by several weights of the same k, their columns shared out together.
+    ///
+    /// # Panics
+    /// If the weights differ in k, there are not as many outputs, or one is too short.
+    pub fn products(
+        weights: &[&Self],
+        pool: Option<&Pool>,
+        x: &[f32],
+        t: usize,
+        ys: &mut [&mut [f32]],
+    ) {
         // SAFETY: the path was chosen by the features that were detected.
-        unsafe { self.product_by(Path::best(), pool, x, t, y) }
+        unsafe { Self::products_by(Path::best(), weights, pool, x, t, ys) }
     }
 
     /// # Safety
     /// The processor has what the path needs.
-    unsafe fn product_by(
-        &self,
+    unsafe fn products_by(
         path: Path,
+        weights: &[&Self],
         pool: Option<&Pool>,
         x: &[f32],
         t: usize,
-        y: &mut [f32],
+        ys: &mut [&mut [f32]],
     ) {
-        let (x, y) = (&x[..t * self.k], &mut y[..t * self.n]);
+        assert_eq!(weights.len(), ys.len(), "weights and outputs");
         match path {
             #[cfg(target_arch = "x86_64")]
             Path::Bf16 => {
-                use super::bf16::x86::{product, Right};
-                let (x, y) = (Mat::new(x, t, self.k), MatMut::new(y, t, self.n));
-                // SAFETY: the caller's promise; the shapes fit by the slices above and by the constructor.
-                unsafe { product(pool, x, Right::Packed(self.words()), 1.0, false, y) }
+                for (w, y) in weights.iter().zip(ys) {
+                    use super::bf16::x86::{product, Right};
+                    let (x, y) = (Mat::new(x, t, w.k), MatMut::new(y, t, w.n));
+                    // SAFETY: the caller's promise; the shapes fit by the constructors.
+                    unsafe { product(pool, x, Right::Packed(w.words()), 1.0, false, y) }
+                }
             }
-            // SAFETY: the caller's promise.
-            _ if t <= FEW_ROWS => unsafe { self.few_rows(path, pool, x, t, y) },
-            _ => self.many_rows(pool, x, t, y),
+            _ => Self::widened(weights, pool, x, t, ys),
         }
     }
 
     /// Panel after panel, each read from memory once and widened in registers.
-    ///
-    /// # Safety
-    /// As [`Self::product_by`].
-    unsafe fn few_rows(&self, path: Path, pool: Option<&Pool>, x: &[f32], t: usize, y: &mut [f32]) {
-        let panels = self.n.div_ceil(NR);
-        let words = self.k.div_ceil(2) * NR;
-        let threads = match pool {
-            Some(pool) if self.bytes() >= THREADS_FROM_BYTES => pool.threads(),
-            _ => 1,
-        };
-        let parts = if threads > 1 {
-            threads * PARTS_PER_THREAD
-        } else {
-            1
-        };
-        let piece = panels.div_ceil(parts).max(1);
-        let y = SharedMut::new(y);
-        let run = |part: usize| {
-            for panel in part * piece..((part + 1) * piece).min(panels) {
-                let weights = &self.words()[panel * words..(panel + 1) * words];
-                let cols = NR.min(self.n - panel * NR);
+    fn widened(weights: &[&Self], pool: Option<&Pool>, x: &[f32], t: usize, ys: &mut [&mut [f32]]) {
+        for (w, y) in weights.iter().zip(ys.iter()) {
+            assert!(
+                x.len() >= t * w.k && y.len() >= t * w.n && w.k == weights[0].k,
+                "x of {} and y of {} for ({t}, {}) x ({}, {})ᵀ",
+                x.len(),
+                y.len(),
+                w.k,
+                w.n,
+                w.k
+            );
+        }
+        let work: usize = weights.iter().map(|w| w.bytes() + t * w.n * w.k / 4).sum();
+        let pool = pool.filter(|_| work >= MIN_SHARED_WORK);
+        let outs: Vec<SharedMut<f32>> = ys.iter_mut().map(|y| SharedMut::new(y)).collect();
+        let counts = weights.iter().map(|w| w.n.div_ceil(NR));
+        share_out(pool, counts, 1, |part| {
+            let (w, out) = (weights[part.weight], &outs[part.weight]);
+            let words = w.k.div_ceil(2) * NR;
+            let mut sums = [[0.0; NR]; MAX_ROWS];
+            for panel in part.panels {
+                let weight = &w.words()[panel * words..(panel + 1) * words];
+                let cols = NR.min(w.n - panel * NR);
                 let mut row = 0;
                 while row < t {
-                    let rows = match (t - row).min(path.rows_at_once()) {
-                        4.. => 4,
-                        2.. => 2,
-                        _ => 1,
-                    };
-                    let x = &x[row * self.k..(row + rows) * self.k];
-                    let mut sums = [[0.0; NR]; ROWS_AT_ONCE];
-                    match path {
-                        // SAFETY: the caller's promise.
-                        #[cfg(target_arch = "x86_64")]
-                        Path::Avx512 => unsafe { sums_avx512(weights, x, rows, &mut sums) },
-                        // SAFETY: the caller's promise.
-                        #[cfg(target_arch = "x86_64")]
-                        Path::Avx2 => unsafe { sums_avx2(weights, x, rows, &mut sums) },
-                        _ => sums_of::<false>(weights, x, rows, &mut sums),
-                    }
+                    let x = &x[row * w.k..t * w.k];
+                    let rows = on_lanes(PanelProduct {
+                        weight,
+                        x,
+                        k: w.k,
+                        sums: &mut sums,
+                    });
                     for (r, sums) in sums[..rows].iter().enumerate() {
                         // SAFETY: these columns belong to this part alone.
-                        let y = unsafe { y.slice((row + r) * self.n + panel * NR, cols) };
+                        let y = unsafe { out.slice((row + r) * w.n + panel * NR, cols) };
                         y.copy_from_slice(&sums[..cols]);
                     }
                     row += rows;
                 }
             }
-        };
-        match pool {
-            Some(pool) if threads > 1 => pool.run(parts, run),
-            _ => (0..parts).for_each(run),
-        }
-    }
-
-    /// Some panels at a time are widened to `f32`, transposed to (k, columns) as `gemm` likes to read them, and multiplied.
-    fn many_rows(&self, pool: Option<&Pool>, x: &[f32], t: usize, y: &mut [f32]) {
-        let words = self.k.div_ceil(2) * NR;
-        let width = NR * WIDE_PANELS.min(self.n.div_ceil(NR));
-        // An odd k leaves a row of zeros at the end.
-        let mut wide = vec![0.0; self.k.next_multiple_of(2) * width];
-        for first in (0..self.n).step_by(width) {
-            let cols = width.min(self.n - first);
-            let panels = cols.div_ceil(NR);
-            let shared = SharedMut::new(&mut wide);
-            let widen_panel = |panel: usize| {
-                let start = (first / NR + panel) * words;
-                let pairs = self.words()[start..start + words].chunks_exact(NR);
-                for (p, pair) in pairs.enumerate() {
-                    let at = 2 * p * width + panel * NR;
-                    // SAFETY: these columns belong to this panel alone, and the two rows do not overlap.
-                    let (low, high) =
-                        unsafe { (shared.slice(at, NR), shared.slice(at + width, NR)) };
-                    for ((word, low), high) in pair.iter().zip(low).zip(high) {
-                        (*low, *high) = widen(*word);
-                    }
-                }
-            };
-            match pool {
-                Some(pool) => pool.run(panels, widen_panel),
-                None => (0..panels).for_each(widen_panel),
-            }
-            let w = Mat::strided(&wide, self.k, cols, width);
-            let y = MatMut::strided(&mut y[first..], t, cols, self.n);
-            matmul(pool, Mat::new(x, t, self.k), w, 1.0, false, y);
-        }
+        });
     }
 
     /// Index of the first word of row `i`; the next ones follow [`NR`] words apart.
@@ -273,88 +223,109 @@ fn widen(word: u32) -> (f32, f32) {
     )
 }
 
-/// Sums of one panel for `rows` rows of x (1, 2 or 4), into the first rows of `sums`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma")]
-fn sums_avx512(panel: &[u32], x: &[f32], rows: usize, sums: &mut [[f32; NR]; ROWS_AT_ONCE]) {
-    sums_of::<true>(panel, x, rows, sums)
+/// One panel times as many rows of x as registers allow, into the first rows of `sums`; says how many.
+struct PanelProduct<'a> {
+    weight: &'a [u32],
+    /// (rows, k), at least one row
+    x: &'a [f32],
+    k: usize,
+    sums: &'a mut [[f32; NR]; MAX_ROWS],
 }
 
-/// As [`sums_avx512`].
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn sums_avx2(panel: &[u32], x: &[f32], rows: usize, sums: &mut [[f32; NR]; ROWS_AT_ONCE]) {
-    sums_of::<true>(panel, x, rows, sums)
-}
+impl OnLanes for PanelProduct<'_> {
+    type Out = usize;
 
-/// The obvious loop, compiled for whatever the caller enables. `FMA` says whether that has fused multiplication: without, `mul_add`
-/// would call a function for each number.
-#[inline(always)]
-fn sums_of<const FMA: bool>(
-    panel: &[u32],
-    x: &[f32],
-    rows: usize,
-    sums: &mut [[f32; NR]; ROWS_AT_ONCE],
-) {
-    match rows {
-        1 => sums_of_rows::<1, FMA>(panel, x, sums),
-        2 => sums_of_rows::<2, FMA>(panel, x, sums),
-        4 => sums_of_rows::<4, FMA>(panel, x, sums),
-        _ => unreachable!("{rows} rows at a time"),
-    }
-}
-
-#[inline(always)]
-fn sums_of_rows<const R: usize, const FMA: bool>(
-    panel: &[u32],
-    x: &[f32],
-    sums: &mut [[f32; NR]; ROWS_AT_ONCE],
-) {
-    let add = |sum: f32, a: f32, b: f32| if FMA { a.mul_add(b, sum) } else { a * b + sum };
-    let k = x.len() / R;
-    let rows: [&[f32]; R] = std::array::from_fn(|r| &x[r * k..(r + 1) * k]);
-    let mut mine = [[0.0f32; NR]; R];
-    let (pairs, rest) = panel.split_at(k / 2 * NR);
-    for (p, pair) in pairs.chunks_exact(NR).enumerate() {
-        #[cfg(target_arch = "x86_64")]
-        for half in [0, 16] {
-            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-            let ahead = pair.as_ptr().wrapping_add(PREFETCH_WORDS + half);
-            // SAFETY: a prefetch may point anywhere.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) }
-        }
-        for (row, mine) in rows.iter().zip(&mut mine) {
-            let (x0, x1) = (row[2 * p], row[2 * p + 1]);
-            for (word, sum) in pair.iter().zip(mine) {
-                let (low, high) = widen(*word);
-                *sum = add(add(*sum, x0, low), x1, high);
+    #[inline(always)]
+    fn run<L: Lanes>(mut self) -> usize {
+        let left = match self.k {
+            0 => MAX_ROWS,
+            k => self.x.len() / k,
+        };
+        // SAFETY: so many rows are left.
+        unsafe {
+            if L::SUMS >= 24 {
+                match left {
+                    12.. => self.tile::<L, 12, 2>(),
+                    6.. => self.tile::<L, 6, 2>(),
+                    4.. => self.tile::<L, 4, 2>(),
+                    2.. => self.tile::<L, 2, 2>(),
+                    _ => self.tile::<L, 1, 2>(),
+                }
+            } else {
+                match left {
+                    4.. if L::SUMS >= 4 => self.tile::<L, 4, 1>(),
+                    2.. => self.tile::<L, 2, 1>(),
+                    _ => self.tile::<L, 1, 1>(),
+                }
             }
         }
     }
-    // An odd k ends with half a pair.
-    for (row, mine) in rows.iter().zip(&mut mine) {
-        for (word, sum) in rest.iter().zip(mine) {
-            *sum = add(*sum, row[k - 1], widen(*word).0);
+}
+
+impl PanelProduct<'_> {
+    /// `R` rows, `H` halves of the panel at a time; every row's sum is taken in the same order whatever `R` is.
+    ///
+    /// # Safety
+    /// `x` has `R` rows.
+    #[inline(always)]
+    unsafe fn tile<L: Lanes, const R: usize, const H: usize>(&mut self) -> usize {
+        let (k, x, words) = (self.k, self.x.as_ptr(), self.weight.as_ptr());
+        debug_assert!(self.x.len() >= R * k && self.weight.len() == k.div_ceil(2) * NR);
+        for first in (0..NR / LANES).step_by(H) {
+            let mut sums = [[L::splat(0.0); H]; R];
+            for p in 0..k / 2 {
+                for h in 0..H {
+                    // SAFETY: pair p of this panel has 32 words; row r of x has k > 2 p + 1 numbers.
+                    unsafe {
+                        let at = words.add(p * NR + (first + h) * LANES);
+                        #[cfg(target_arch = "x86_64")]
+                        {
+                            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+                            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(PREFETCH_WORDS).cast());
+                        }
+                        let (low, high) = L::widen(at);
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            let x = x.add(r * k + 2 * p);
+                            sums[h] = L::splat(*x).mul_add(low, sums[h]);
+                            sums[h] = L::splat(*x.add(1)).mul_add(high, sums[h]);
+                        }
+                    }
+                }
+            }
+            // An odd k ends with half a pair.
+            if k % 2 == 1 {
+                for h in 0..H {
+                    // SAFETY: as above, for the last pair and number k - 1.
+                    unsafe {
+                        let at = words.add(k / 2 * NR + (first + h) * LANES);
+                        let (low, _) = L::widen(at);
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            sums[h] = L::splat(*x.add(r * k + k - 1)).mul_add(low, sums[h]);
+                        }
+                    }
+                }
+            }
+            for (sums, out) in sums.iter().zip(self.sums.iter_mut()) {
+                for (h, sum) in sums.iter().enumerate() {
+                    // SAFETY: a row of sums has NR numbers.
+                    unsafe { sum.store(out.as_mut_ptr().add((first + h) * LANES)) };
+                }
+            }
         }
+        R
     }
-    sums[..R].copy_from_slice(&mine);
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::bf16::round_bf16;
     use super::super::bf16::tests::numbers;
+    use super::super::lanes::on_each_kind_of_lanes;
     use super::*;
 
     fn paths() -> Vec<Path> {
-        let features = simd::features();
-        let mut paths = vec![Path::Plain];
-        let more = [
-            (features.avx2_fma, Path::Avx2),
-            (features.avx512, Path::Avx512),
-            (features.avx512_bf16, Path::Bf16),
-        ];
-        paths.extend(more.iter().filter(|m| m.0).map(|m| m.1));
+        let mut paths = vec![Path::Widened];
+        paths.extend(simd::features().avx512_bf16.then_some(Path::Bf16));
         paths
     }
 
@@ -374,10 +345,22 @@ mod tests {
             let packed = PackedBf16::new(&w, n, k);
             for t in [0, 1, 2, 3, 7, 8, 15, 31, 65] {
                 let x = numbers(t * k, 2);
+                let mut all = Vec::new();
                 for path in paths() {
-                    let mut y = vec![7.0; t * n];
-                    // SAFETY: only paths that the processor has.
-                    unsafe { packed.product_by(path, Some(&pool), &x, t, &mut y) };
+                    // What is forced on this thread holds for it alone, so there the pool is left out.
+                    for pool in [Some(&pool), None] {
+                        on_each_kind_of_lanes(|| {
+                            let mut y = vec![7.0; t * n];
+                            // SAFETY: only paths that the processor has.
+                            unsafe {
+                                let ys = &mut [&mut y[..]];
+                                PackedBf16::products_by(path, &[&packed], pool, &x, t, ys)
+                            };
+                            all.push((path, y));
+                        });
+                    }
+                }
+                for (path, y) in all {
                     for (i, got) in y.iter().enumerate() {
                         let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
                         let (mut sum, mut size) = (0.0, 0.0);

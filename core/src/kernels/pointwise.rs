@@ -201,7 +201,12 @@ fn rotate(
             let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
             // SAFETY: row r belongs to this part alone.
             let row = unsafe { shared.slice(r * heads * e, heads * e) };
-            on_lanes(Rotate { row, cos, sin, sign });
+            on_lanes(Rotate {
+                row,
+                cos,
+                sin,
+                sign,
+            });
         }
     });
 }
@@ -239,15 +244,27 @@ pub fn swiglu(pool: Option<&Pool>, gate: &[f32], up: &[f32], width: usize, out: 
         let (from, len) = (start * width, (end - start) * width);
         // SAFETY: these rows belong to this part alone.
         let out = unsafe { shared.slice(from, len) };
-        let (gate, up) = (&gate[from..from + len], &up[from..from + len]);
+        let (gate, up) = (gate[from..from + len].as_ptr(), &up[from..from + len]);
+        let out = out.as_mut_ptr();
         on_lanes(SwiGlu { gate, up, out });
     });
 }
 
+/// `gate = silu(gate) ∘ up`, on the calling thread.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn swiglu_in_place(gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len());
+    let (gate, out) = (gate.as_ptr(), gate.as_mut_ptr());
+    on_lanes(SwiGlu { gate, up, out })
+}
+
 struct SwiGlu<'a> {
-    gate: &'a [f32],
+    /// As many numbers as `up`, maybe the same as `out`.
+    gate: *const f32,
     up: &'a [f32],
-    out: &'a mut [f32],
+    out: *mut f32,
 }
 
 impl OnLanes for SwiGlu<'_> {
@@ -255,21 +272,20 @@ impl OnLanes for SwiGlu<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let n = self.out.len();
-        assert!(self.gate.len() == n && self.up.len() == n);
-        let (gate, up, out) = (self.gate.as_ptr(), self.up.as_ptr(), self.out.as_mut_ptr());
+        let n = self.up.len();
         let whole = n / LANES * LANES;
-        // SAFETY: all three hold `n` numbers.
+        // SAFETY: all three hold `n` numbers; where `gate` is `out`, each is read before it is written.
         unsafe {
             for i in (0..whole).step_by(LANES) {
-                let product = L::load(gate.add(i)).silu().mul(L::load(up.add(i)));
-                product.store(out.add(i));
+                let up = L::load(self.up.as_ptr().add(i));
+                let product = L::load(self.gate.add(i)).silu().mul(up);
+                product.store(self.out.add(i));
             }
             let rest = n - whole;
             if rest > 0 {
-                let gate = L::load_first(gate.add(whole), rest);
-                let up = L::load_first(up.add(whole), rest);
-                gate.silu().mul(up).store_first(out.add(whole), rest);
+                let gate = L::load_first(self.gate.add(whole), rest);
+                let up = L::load_first(self.up.as_ptr().add(whole), rest);
+                gate.silu().mul(up).store_first(self.out.add(whole), rest);
             }
         }
     }
@@ -313,7 +329,14 @@ impl OnLanes for SwiGluBackward<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let n = self.gate.len();
-        assert!([self.up.len(), self.dh.len(), self.dgate.len(), self.dup.len()] == [n; 4]);
+        assert!(
+            [
+                self.up.len(),
+                self.dh.len(),
+                self.dgate.len(),
+                self.dup.len()
+            ] == [n; 4]
+        );
         let one = L::splat(1.0);
         for i in (0..n).step_by(LANES) {
             let count = LANES.min(n - i);
@@ -324,7 +347,8 @@ impl OnLanes for SwiGluBackward<'_> {
                 let sigmoid = one.div(one.add(L::splat(0.0).sub(g).exp()));
                 let silu = g.mul(sigmoid);
                 let slope = silu.mul_add(one.sub(sigmoid), sigmoid);
-                dh.mul(silu).store_first(self.dup.as_mut_ptr().add(i), count);
+                dh.mul(silu)
+                    .store_first(self.dup.as_mut_ptr().add(i), count);
                 let dgate = dh.mul(u).mul(slope);
                 dgate.store_first(self.dgate.as_mut_ptr().add(i), count);
             }
@@ -405,25 +429,42 @@ mod tests {
     fn every_kind_of_lanes_agrees_with_the_definitions_over_odd_widths() {
         on_each_kind_of_lanes(|| {
             for width in [1, 2, 15, 16, 17, 33, 100, 576] {
-                let (gate, up, w) = (numbers(3 * width, 1), numbers(3 * width, 2), numbers(width, 3));
+                let (gate, up, w) = (
+                    numbers(3 * width, 1),
+                    numbers(3 * width, 2),
+                    numbers(width, 3),
+                );
                 let mut out = vec![0.0; 3 * width];
                 swiglu(None, &gate, &up, width, &mut out);
                 for ((got, g), u) in out.iter().zip(&gate).zip(&up) {
                     let want = *g as f64 / (1.0 + (-*g as f64).exp()) * *u as f64;
-                    assert!((*got as f64 - want).abs() < 2e-6, "{width}: {got}, not {want}");
+                    assert!(
+                        (*got as f64 - want).abs() < 2e-6,
+                        "{width}: {got}, not {want}"
+                    );
                 }
+                let mut gated = gate.clone();
+                swiglu_in_place(&mut gated, &up);
+                assert_eq!(gated, out);
                 rms_norm(None, &gate, &w, 1e-5, &mut out);
                 for (got, x) in out.chunks(width).zip(gate.chunks(width)) {
                     let mean = x.iter().map(|x| (*x as f64).powi(2)).sum::<f64>() / width as f64;
                     let scale = 1.0 / (mean + 1e-5).sqrt();
                     for ((got, x), w) in got.iter().zip(x).zip(&w) {
                         let want = *x as f64 * scale * *w as f64;
-                        assert!((*got as f64 - want).abs() < 1e-5, "{width}: {got}, not {want}");
+                        assert!(
+                            (*got as f64 - want).abs() < 1e-5,
+                            "{width}: {got}, not {want}"
+                        );
                     }
                 }
                 let mut sum = gate.clone();
                 add_in_place(&mut sum, &up);
-                assert!(sum.iter().zip(&gate).zip(&up).all(|((s, g), u)| *s == g + u));
+                assert!(sum
+                    .iter()
+                    .zip(&gate)
+                    .zip(&up)
+                    .all(|((s, g), u)| *s == g + u));
             }
         });
     }

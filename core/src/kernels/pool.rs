@@ -295,6 +295,33 @@ impl<'a, T> SharedMut<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
     }
 
+    /// The elements `start..start + len`, to read.
+    ///
+    /// # Safety
+    /// Nobody writes to them while the slice lives.
+    ///
+    /// # Panics
+    /// If the range is outside the slice.
+    pub unsafe fn read(&self, start: usize, len: usize) -> &[T] {
+        assert!(
+            start <= self.len && len <= self.len - start,
+            "range {start}+{len} outside {}",
+            self.len
+        );
+        // SAFETY: in range by the line above; not written to by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.ptr.add(start), len) }
+    }
+
+    /// Elements in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True without elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Pointer to the first element, for kernels that address a strided matrix.
     pub fn as_ptr(&self) -> *mut T {
         self.ptr

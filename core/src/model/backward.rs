@@ -106,7 +106,7 @@ impl Model {
             let mut normed = vec![0.0; n * d];
             rms_norm(Some(pool), &x, norm, self.config.rms_norm_eps, &mut normed);
             let mut logits = vec![0.0; n * v];
-            self.multiply(pool, head_id, &normed, n, (d, v), &mut logits);
+            self.multiply(Some(pool), head_id, &normed, n, &mut logits);
             let mut nll = vec![0f32; n];
             let mut best = vec![0u32; n];
             {

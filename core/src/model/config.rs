@@ -1,5 +1,6 @@
 //! `config.json`, read and checked once: the dimensions of a Llama- or Qwen3-type decoder.
 
+use crate::kernels::AttentionShape;
 use serde_json::{json, Value};
 
 use super::ModelError;
@@ -195,6 +196,15 @@ impl Config {
     /// Width of all key (or value) heads together.
     pub fn kv_size(&self) -> usize {
         self.num_key_value_heads * self.head_dim
+    }
+
+    /// Heads of an attention layer.
+    pub fn attention_shape(&self) -> AttentionShape {
+        AttentionShape {
+            num_attention_heads: self.num_attention_heads,
+            num_key_value_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
     }
 
     /// Radians a position for each half of a head (e / 2).

@@ -1,11 +1,12 @@
-//! The one forward pass: blocks over packed rows, for serving (keys and values go to caches) and for training (they stay, and a tape is kept).
+//! The forward pass of training: whole sequences in packed rows, one operation over all rows after the other, with a tape of what the
+//! backward pass needs. Serving makes the same block in `serve`.
 
 use super::config::Architecture;
 use super::params::LayerParam::{self, *};
-use super::{Lora, Model, ModelError, ParamId, Sequence};
+use super::{Lora, Model, ModelError, ParamId};
 use crate::kernels::{
-    add_in_place, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, AttentionShape, Mat,
-    MatMut, Pool, Span,
+    add_in_place, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, Mat, MatMut, Pool,
+    Span,
 };
 
 /// Rows up to which a product is memory-bound and read row by row.
@@ -72,11 +73,6 @@ pub struct Tape {
     pub(super) blocks: Vec<BlockTape>,
 }
 
-enum Kv<'a, 'b, 'c> {
-    Caches(&'a mut [(&'b mut Sequence, &'c [u32])]),
-    Packed(&'a PackedRows),
-}
-
 impl Model {
     /// Embeds tokens: (t) → (t, d).
     ///
@@ -98,53 +94,6 @@ impl Model {
         Ok(x)
     }
 
-    /// Reads new tokens of several sequences at once and returns the last block's output for every row, packed in order: (t, d).
-    /// Afterwards each sequence's cache and ids hold the new tokens. A prefill and any number of decoding sequences may share a call.
-    ///
-    /// # Errors
-    /// A token outside the vocabulary or a sequence longer than the model's positions; nothing has then been changed.
-    pub fn step(
-        &self,
-        pool: &Pool,
-        batch: &mut [(&mut Sequence, &[u32])],
-    ) -> Result<Vec<f32>, ModelError> {
-        let _attention = pool.attentive();
-        let mut ids = Vec::new();
-        let mut positions = Vec::new();
-        for (sequence, new) in batch.iter() {
-            let (from, to) = (sequence.kv.len(), sequence.kv.len() + new.len());
-            if to > self.max_positions() {
-                return Err(ModelError::TooLong {
-                    asked: to,
-                    limit: self.max_positions(),
-                });
-            }
-            ids.extend_from_slice(new);
-            positions.extend(from as u32..to as u32);
-        }
-        let mut x = self.embed(&ids)?;
-        for (sequence, new) in batch.iter_mut() {
-            let len = sequence.kv.len() + new.len();
-            sequence.kv.reserve(len);
-        }
-        for layer in 0..self.config.num_hidden_layers {
-            self.block(
-                pool,
-                layer,
-                &mut x,
-                &positions,
-                &mut Kv::Caches(batch),
-                None,
-                None,
-            );
-        }
-        for (sequence, new) in batch.iter_mut() {
-            sequence.kv.advance(new.len());
-            sequence.ids.extend_from_slice(new);
-        }
-        Ok(x)
-    }
-
     /// Blocks `from..to` over packed sequences, in place on x (t, d). With a tape, what the backward pass needs is kept.
     pub fn blocks(
         &self,
@@ -161,15 +110,7 @@ impl Model {
         }
         for layer in from..to {
             let mut block = tape.as_ref().map(|_| BlockTape::default());
-            self.block(
-                pool,
-                layer,
-                x,
-                &rows.positions,
-                &mut Kv::Packed(rows),
-                lora,
-                block.as_mut(),
-            );
+            self.block(pool, layer, x, rows, lora, block.as_mut());
             if let (Some(tape), Some(block)) = (tape.as_deref_mut(), block) {
                 tape.blocks.push(block);
             }
@@ -193,23 +134,8 @@ impl Model {
             &mut normed,
         );
         let mut logits = vec![0.0; rows.len() * v];
-        self.multiply(
-            pool,
-            self.head_id(),
-            &normed,
-            rows.len(),
-            (d, v),
-            &mut logits,
-        );
+        self.multiply(Some(pool), self.head_id(), &normed, rows.len(), &mut logits);
         logits
-    }
-
-    fn shape(&self) -> AttentionShape {
-        AttentionShape {
-            num_attention_heads: self.config.num_attention_heads,
-            num_key_value_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        }
     }
 
     /// One block: `x += o(attention(norm(x)))`, then `x += down(silu(gate) ∘ up)` of the norm of that.
@@ -219,19 +145,19 @@ impl Model {
         pool: &Pool,
         layer: usize,
         x: &mut Vec<f32>,
-        positions: &[u32],
-        kv: &mut Kv,
+        rows: &PackedRows,
         lora: Option<&Lora>,
         tape: Option<&mut BlockTape>,
     ) {
         let c = &self.config;
+        let positions = &rows.positions;
         let (t, d, f) = (positions.len(), c.hidden_size, c.intermediate_size);
         let (qd, kd) = (c.q_size(), c.kv_size());
         let p = |which: LayerParam| self.param(ParamId::Layer(layer as u16, which));
         let linear = |which: LayerParam, x: &[f32], width: usize, out: usize| {
             let mut y = vec![0.0; t * out];
             let id = ParamId::Layer(layer as u16, which);
-            self.multiply(pool, id, x, t, (width, out), &mut y);
+            self.multiply(Some(pool), id, x, t, &mut y);
             if let Some((lora, (a, b))) =
                 lora.and_then(|l| Some((l, l.pairs.get(&(layer as u16, which))?)))
             {
@@ -267,47 +193,31 @@ impl Model {
         );
 
         let mut mixed = vec![0.0; t * qd];
-        match kv {
-            Kv::Caches(batch) => {
-                let mut row = 0;
-                for (sequence, new) in batch.iter_mut() {
-                    let (from, to) = (row * kd, (row + new.len()) * kd);
-                    let pos = sequence.kv.len();
-                    sequence.kv.write(layer, pos, &k[from..to], &v[from..to]);
-                    row += new.len();
-                }
-                row = 0;
-                let spans: Vec<Span> = batch
-                    .iter()
-                    .map(|(sequence, new)| {
-                        let (k, v) = sequence.kv.read(layer);
-                        row += new.len();
-                        Span {
-                            row: row - new.len(),
-                            len: new.len(),
-                            pos: sequence.kv.len(),
-                            k,
-                            v,
-                        }
-                    })
-                    .collect();
-                attention(Some(pool), self.shape(), &q, &spans, &mut mixed);
-            }
-            Kv::Packed(rows) => {
-                let spans: Vec<Span> = rows
-                    .spans
-                    .iter()
-                    .map(|&(row, len)| Span {
-                        row,
-                        len,
-                        pos: 0,
-                        k: &k[row * kd..],
-                        v: &v[row * kd..],
-                    })
-                    .collect();
-                attention(Some(pool), self.shape(), &q, &spans, &mut mixed);
-            }
-        }
+        let shape = c.attention_shape();
+        let keys: Vec<Vec<f32>> = rows
+            .spans
+            .iter()
+            .map(|&(row, len)| {
+                let mut keys = vec![0.0; shape.keys().len(len)];
+                shape
+                    .keys()
+                    .write(&mut keys, 0, &k[row * kd..(row + len) * kd]);
+                keys
+            })
+            .collect();
+        let spans: Vec<Span> = rows
+            .spans
+            .iter()
+            .zip(&keys)
+            .map(|(&(row, len), k)| Span {
+                row,
+                len,
+                pos: 0,
+                k,
+                v: &v[row * kd..],
+            })
+            .collect();
+        attention(Some(pool), shape, &q, &spans, &mut mixed);
         let o = linear(O, &mixed, qd, d);
         let mut x2 = std::mem::take(x);
         let saved_x = tape.is_some().then(|| x2.clone());
@@ -319,31 +229,7 @@ impl Model {
         let up = linear(Up, &n2, d, f);
         let mut act = vec![0.0; t * f];
         swiglu(Some(pool), &gate, &up, f, &mut act);
-        let y = match kv {
-            Kv::Caches(batch)
-                if batch
-                    .iter()
-                    .any(|(s, _)| s.fast.down.contains_key(&(layer as u16))) =>
-            {
-                // Each sequence has a down-projection of its own, so they cannot share the product.
-                let mut y = vec![0.0; t * d];
-                let mut row = 0;
-                for (sequence, new) in batch.iter() {
-                    let n = new.len();
-                    let (act, y) = (&act[row * f..(row + n) * f], &mut y[row * d..(row + n) * d]);
-                    match sequence.fast.down.get(&(layer as u16)) {
-                        Some(own) => product(pool, act, own, n, f, d, y),
-                        None => {
-                            let id = ParamId::Layer(layer as u16, Down);
-                            self.multiply(pool, id, act, n, (f, d), y)
-                        }
-                    }
-                    row += n;
-                }
-                y
-            }
-            _ => linear(Down, &act, f, d),
-        };
+        let y = linear(Down, &act, f, d);
         let saved_x2 = tape.is_some().then(|| x2.clone());
         add_in_place(&mut x2, &y);
         *x = x2;
@@ -369,7 +255,7 @@ impl Model {
 
 /// `y = x wᵀ`: x (t, width), w (out, width), y (t, out).
 pub(super) fn product(
-    pool: &Pool,
+    pool: Option<&Pool>,
     x: &[f32],
     w: &[f32],
     t: usize,
@@ -378,10 +264,10 @@ pub(super) fn product(
     y: &mut [f32],
 ) {
     if t <= SMALL_ROWS {
-        matmul_nt_small(Some(pool), x, w, t, width, out, y);
+        matmul_nt_small(pool, x, w, t, width, out, y);
     } else {
         matmul(
-            Some(pool),
+            pool,
             Mat::new(x, t, width),
             Mat::new(w, out, width).t(),
             1.0,

@@ -11,6 +11,7 @@ mod lora;
 mod packed;
 mod params;
 mod sequence;
+mod serve;
 mod tiny;
 mod weights;
 

@@ -65,11 +65,11 @@ impl Packed {
         })
     }
 
-    fn product(&self, pool: &Pool, x: &[f32], t: usize, y: &mut [f32]) {
+    fn product(&self, pool: Option<&Pool>, x: &[f32], t: usize, y: &mut [f32]) {
         match self {
-            Self::Bf16(w) => w.product(Some(pool), x, t, y),
-            Self::Q8(w) => w.product(Some(pool), x, t, y),
-            Self::Q4(w) => w.product(Some(pool), x, t, y),
+            Self::Bf16(w) => w.product(pool, x, t, y),
+            Self::Q8(w) => w.product(pool, x, t, y),
+            Self::Q4(w) => w.product(pool, x, t, y),
         }
     }
 
@@ -155,26 +155,61 @@ impl Model {
     /// `y = x wᵀ` for the matrix `id`: x (t, width), y (t, out).
     pub(super) fn multiply(
         &self,
-        pool: &Pool,
+        pool: Option<&Pool>,
         id: ParamId,
         x: &[f32],
         t: usize,
-        (width, out): (usize, usize),
         y: &mut [f32],
     ) {
-        match self.packed.get(&id) {
-            Some(packed) => packed.product(pool, x, t, y),
-            None => match self.compute {
-                Compute::F32 => product(pool, x, self.param(id), t, width, out, y),
-                Compute::Bf16 => matmul_bf16(
-                    Some(pool),
-                    Mat::new(x, t, width),
-                    Mat::new(self.param(id), out, width).t(),
-                    1.0,
-                    false,
-                    MatMut::new(y, t, out),
-                ),
-            },
+        if let Some(packed) = self.packed.get(&id) {
+            return packed.product(pool, x, t, y);
+        }
+        let [out, width] = id.shape(&self.config)[..] else {
+            unreachable!("a product by {}", id.name());
+        };
+        match self.compute {
+            Compute::F32 => product(pool, x, self.param(id), t, width, out, y),
+            Compute::Bf16 => matmul_bf16(
+                pool,
+                Mat::new(x, t, width),
+                Mat::new(self.param(id), out, width).t(),
+                1.0,
+                false,
+                MatMut::new(y, t, out),
+            ),
+        }
+    }
+
+    /// [`Self::multiply`] of the same rows by several matrices, in one go where they are packed alike.
+    pub(super) fn multiply_all<const N: usize>(
+        &self,
+        pool: Option<&Pool>,
+        ids: [ParamId; N],
+        x: &[f32],
+        t: usize,
+        mut ys: [&mut [f32]; N],
+    ) {
+        let packed = ids.map(|id| self.packed.get(&id).map(|p| &**p));
+        if let Some(weights) = all(packed, |p| match p {
+            Packed::Q8(w) => Some(w),
+            _ => None,
+        }) {
+            return PackedQ8::products(&weights, pool, x, t, &mut ys);
+        }
+        if let Some(weights) = all(packed, |p| match p {
+            Packed::Q4(w) => Some(w),
+            _ => None,
+        }) {
+            return PackedQ4::products(&weights, pool, x, t, &mut ys);
+        }
+        if let Some(weights) = all(packed, |p| match p {
+            Packed::Bf16(w) => Some(w),
+            _ => None,
+        }) {
+            return PackedBf16::products(&weights, pool, x, t, &mut ys);
+        }
+        for (id, y) in ids.into_iter().zip(ys) {
+            self.multiply(pool, id, x, t, y);
         }
     }
 
@@ -185,6 +220,14 @@ impl Model {
             Compute::Bf16 => matmul_bf16(Some(pool), a, b, 1.0, accumulate, out),
         }
     }
+}
+
+/// The weights, if all are of the kind that `f` takes.
+fn all<'a, T, const N: usize>(
+    packed: [Option<&'a Packed>; N],
+    f: impl Fn(&'a Packed) -> Option<&'a T>,
+) -> Option<Vec<&'a T>> {
+    packed.into_iter().map(|p| p.and_then(&f)).collect()
 }
 
 #[cfg(test)]

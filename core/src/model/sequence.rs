@@ -3,13 +3,17 @@
 use std::collections::BTreeMap;
 
 use super::Config;
+use crate::kernels::KeyLayout;
 
-/// Keys and values of one sequence, per layer (capacity, g, e), `len` positions of them filled.
+/// Keys and values of one sequence, `len` positions of them filled: per layer keys as [`KeyLayout`] has them and values
+/// (capacity, g, e).
 #[derive(Clone)]
 pub struct KvCache {
     len: usize,
+    /// A multiple of the layout's blocks.
     capacity: usize,
     width: usize,
+    keys: KeyLayout,
     layers: Vec<(Vec<f32>, Vec<f32>)>,
 }
 
@@ -17,6 +21,8 @@ impl KvCache {
     /// Room for `capacity` positions; grows by itself if that is not enough.
     pub fn new(config: &Config, capacity: usize) -> Self {
         let width = config.kv_size();
+        let keys = config.attention_shape().keys();
+        let capacity = keys.whole_blocks(capacity);
         let layers = (0..config.num_hidden_layers)
             .map(|_| (vec![0.0; capacity * width], vec![0.0; capacity * width]))
             .collect();
@@ -24,6 +30,7 @@ impl KvCache {
             len: 0,
             capacity,
             width,
+            keys,
             layers,
         }
     }
@@ -50,21 +57,23 @@ impl KvCache {
 
     /// A copy of the first `len` positions, with room for `capacity`.
     fn prefix(&self, len: usize, capacity: usize) -> Self {
-        let (len, capacity) = (len.min(self.len), capacity.max(len));
-        let copy = |from: &[f32]| {
+        let len = len.min(self.len);
+        let capacity = self.keys.whole_blocks(capacity.max(len));
+        let copy = |from: &[f32], positions: usize| {
             let mut to = vec![0.0; capacity * self.width];
-            to[..len * self.width].copy_from_slice(&from[..len * self.width]);
+            to[..positions * self.width].copy_from_slice(&from[..positions * self.width]);
             to
         };
         let layers = self
             .layers
             .iter()
-            .map(|(k, v)| (copy(k), copy(v)))
+            .map(|(k, v)| (copy(k, self.keys.whole_blocks(len)), copy(v, len)))
             .collect();
         Self {
             len,
             capacity,
             width: self.width,
+            keys: self.keys,
             layers,
         }
     }
@@ -73,22 +82,18 @@ impl KvCache {
         if positions <= self.capacity {
             return;
         }
-        self.capacity = positions.max(self.capacity * 3 / 2);
+        self.capacity = self.keys.whole_blocks(positions.max(self.capacity * 3 / 2));
         for (k, v) in &mut self.layers {
             k.resize(self.capacity * self.width, 0.0);
             v.resize(self.capacity * self.width, 0.0);
         }
     }
 
-    /// Writes rows of one layer at position `pos`; `advance` makes them count.
-    pub(super) fn write(&mut self, layer: usize, pos: usize, k: &[f32], v: &[f32]) {
-        let at = pos * self.width;
-        self.layers[layer].0[at..at + k.len()].copy_from_slice(k);
-        self.layers[layer].1[at..at + v.len()].copy_from_slice(v);
-    }
-
-    pub(super) fn read(&self, layer: usize) -> (&[f32], &[f32]) {
-        (&self.layers[layer].0, &self.layers[layer].1)
+    /// Keys and values of each layer, to write behind `len`; `advance` makes that count.
+    pub(super) fn layers_mut(&mut self) -> impl Iterator<Item = (&mut [f32], &mut [f32])> {
+        self.layers
+            .iter_mut()
+            .map(|(k, v)| (&mut k[..], &mut v[..]))
     }
 
     pub(super) fn advance(&mut self, tokens: usize) {

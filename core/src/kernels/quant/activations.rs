@@ -9,7 +9,7 @@ use crate::kernels::pool::{Pool, SharedMut};
 pub(super) struct Block {
     /// Within -127..=127, four a group, so that the product of two never leaves 16 bits when added in pairs.
     pub codes: [[i8; 4]; BLOCK / 4],
-    /// Largest size / 127, times the weight's unit; NaN if the block holds a NaN or an infinity.
+    /// Largest size / 127; NaN if the block holds a NaN or an infinity.
     pub scale: f32,
     /// Sum of the codes.
     pub sum: f32,
@@ -21,6 +21,8 @@ pub(super) struct Block {
 const SMALLEST: f32 = 1e-30;
 /// Elements below which quantising is not worth a second thread.
 const MIN_SHARED: usize = 1 << 15;
+/// Parts for each thread.
+const PARTS_PER_THREAD: usize = 4;
 
 /// Quantises x (t, k) into (t, k / 32 rounded up) blocks; `out` grows as needed and never shrinks.
 pub(super) fn quantise(
@@ -29,7 +31,6 @@ pub(super) fn quantise(
     x: &[f32],
     t: usize,
     k: usize,
-    unit: f32,
     out: &mut Vec<Block>,
 ) {
     let blocks = k.div_ceil(BLOCK);
@@ -40,7 +41,7 @@ pub(super) fn quantise(
         return;
     }
     let pool = pool.filter(|_| t > 1 && t * k >= MIN_SHARED);
-    let piece = t.div_ceil(pool.map_or(1, |p| p.threads() * super::PARTS_PER_THREAD));
+    let piece = t.div_ceil(pool.map_or(1, |p| p.threads() * PARTS_PER_THREAD));
     let shared = SharedMut::new(&mut out[..t * blocks]);
     let run = |part: usize| {
         for row in part * piece..t.min((part + 1) * piece) {
@@ -48,12 +49,12 @@ pub(super) fn quantise(
             // SAFETY: each row belongs to one part.
             let to = unsafe { shared.slice(row * blocks, blocks) };
             match path {
-                QuantPath::Scalar => quantise_row(from, unit, to),
+                QuantPath::Scalar => quantise_row(from, to),
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: every path but the scalar one requires AVX2.
-                _ => unsafe { quantise_row_avx2(from, unit, to) },
+                _ => unsafe { quantise_row_avx2(from, to) },
                 #[cfg(not(target_arch = "x86_64"))]
-                _ => quantise_row(from, unit, to),
+                _ => quantise_row(from, to),
             }
         }
     };
@@ -69,25 +70,25 @@ pub(super) fn quantise(
 /// The processor has AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn quantise_row_avx2(x: &[f32], unit: f32, out: &mut [Block]) {
-    quantise_row(x, unit, out)
+unsafe fn quantise_row_avx2(x: &[f32], out: &mut [Block]) {
+    quantise_row(x, out)
 }
 
 #[inline(always)]
-fn quantise_row(x: &[f32], unit: f32, out: &mut [Block]) {
+fn quantise_row(x: &[f32], out: &mut [Block]) {
     let (full, rest) = x.as_chunks::<BLOCK>();
     for (x, out) in full.iter().zip(&mut *out) {
-        quantise_block(x, unit, out);
+        quantise_block(x, out);
     }
     if !rest.is_empty() {
         let mut last = [0.0; BLOCK];
         last[..rest.len()].copy_from_slice(rest);
-        quantise_block(&last, unit, &mut out[full.len()]);
+        quantise_block(&last, &mut out[full.len()]);
     }
 }
 
 #[inline(always)]
-fn quantise_block(x: &[f32; BLOCK], unit: f32, out: &mut Block) {
+fn quantise_block(x: &[f32; BLOCK], out: &mut Block) {
     // Without their signs floats are ordered as their bits are, infinities and NaN at the top, where `f32::max` would lose them.
     let top = x.iter().fold(0, |top, v| top.max(v.to_bits() & !(1 << 31)));
     let largest = f32::from_bits(top);
@@ -111,7 +112,7 @@ fn quantise_block(x: &[f32; BLOCK], unit: f32, out: &mut Block) {
     for (to, from) in out.codes.iter_mut().zip(codes.as_chunks::<4>().0) {
         *to = *from;
     }
-    out.scale = largest / 127.0 * unit;
+    out.scale = largest / 127.0;
     out.sum = sum as f32;
     out.start = MAGIC.to_bits() as i32 - 128 * sum;
 }

@@ -15,6 +15,7 @@ mod scalar;
 #[cfg(test)]
 mod tests;
 
+use super::panels::share_out;
 use super::pool::{Pool, SharedMut};
 use super::simd::features;
 use activations::Block;
@@ -30,8 +31,6 @@ pub const PANEL: usize = 16;
 const MAX_ROWS: usize = 12;
 /// Panels that a kernel takes at a time.
 const MAX_PANELS: usize = 2;
-/// Parts of a product for each thread, so that a thread the host has taken away does not hold up the others.
-const PARTS_PER_THREAD: usize = 4;
 /// Below this a second thread costs more than it brings: bytes of weights to read, and sixteen multiplications count as one. About
 /// 10 µs, for a step of a model keeps the pool's threads looking ([`Pool::attentive`]).
 const MIN_SHARED_WORK: usize = 1 << 17;
@@ -145,7 +144,22 @@ impl<const BITS: usize> Packed<BITS> {
     /// # Panics
     /// If `x` or `y` has the wrong length.
     pub fn product(&self, pool: Option<&Pool>, x: &[f32], t: usize, y: &mut [f32]) {
-        self.product_on(QuantPath::best(), pool, x, t, y)
+        Self::products(&[self], pool, x, t, &mut [y])
+    }
+
+    /// [`Self::product`] of the same rows by several weights of the same k: the rows are quantised once, the columns shared out
+    /// together.
+    ///
+    /// # Panics
+    /// If the weights differ in k, there are not as many outputs, or one has the wrong length.
+    pub fn products(
+        weights: &[&Self],
+        pool: Option<&Pool>,
+        x: &[f32],
+        t: usize,
+        ys: &mut [&mut [f32]],
+    ) {
+        Self::products_on(QuantPath::best(), weights, pool, x, t, ys)
     }
 
     /// [`Self::product`] on a path of the caller's choice.
@@ -160,73 +174,80 @@ impl<const BITS: usize> Packed<BITS> {
         t: usize,
         y: &mut [f32],
     ) {
-        assert!(
-            x.len() == t * self.k && y.len() == t * self.n,
-            "x of {} and y of {} for ({t}, {}) x ({}, {})ᵀ",
-            x.len(),
-            y.len(),
-            self.k,
-            self.n,
-            self.k
-        );
+        Self::products_on(path, &[self], pool, x, t, &mut [y])
+    }
+
+    fn products_on(
+        path: QuantPath,
+        weights: &[&Self],
+        pool: Option<&Pool>,
+        x: &[f32],
+        t: usize,
+        ys: &mut [&mut [f32]],
+    ) {
+        assert_eq!(weights.len(), ys.len(), "weights and outputs");
+        for (w, y) in weights.iter().zip(ys.iter()) {
+            assert!(
+                x.len() == t * w.k && y.len() == t * w.n,
+                "x of {} and y of {} for ({t}, {}) x ({}, {})ᵀ",
+                x.len(),
+                y.len(),
+                w.k,
+                w.n,
+                w.k
+            );
+        }
         assert!(
             QuantPath::available().any(|there| there == path),
             "this processor has no {path:?}"
         );
-        if t == 0 || self.n == 0 {
+        let Some(first) = weights.first().filter(|_| t > 0) else {
             return;
-        }
-        let work = self.bytes() + t * self.n * self.k / 16;
+        };
+        let work: usize = weights.iter().map(|w| w.bytes() + t * w.n * w.k / 16).sum();
         let pool = pool.filter(|p| p.threads() > 1 && work >= MIN_SHARED_WORK);
         let mut rows = ROWS.take();
-        activations::quantise(path, pool, x, t, self.k, self.unit, &mut rows);
-        self.product_of_blocks(path, pool, &rows, t, y);
+        activations::quantise(path, pool, x, t, first.k, &mut rows);
+        Self::products_of_blocks(path, weights, pool, &rows, t, ys);
         ROWS.replace(rows);
     }
 
-    fn product_of_blocks(
-        &self,
+    fn products_of_blocks(
         path: QuantPath,
+        weights: &[&Self],
         pool: Option<&Pool>,
         rows: &[Block],
         t: usize,
-        y: &mut [f32],
+        ys: &mut [&mut [f32]],
     ) {
-        assert!(rows.len() >= t * self.blocks);
+        assert!(weights.iter().all(|w| rows.len() >= t * w.blocks));
         let (kernel, max_rows, max_panels) = path.kernel::<BITS>(t);
         // Rows are shared out evenly: seven are 4 + 3, not 6 + 1.
         let tiles = t.div_ceil(max_rows);
-        let panels = self.panels();
-        let piece = match pool.map_or(1, Pool::threads) {
-            1 => panels,
-            threads => panels.div_ceil(threads * PARTS_PER_THREAD),
-        };
-        let piece = piece.next_multiple_of(max_panels);
-        let shared = SharedMut::new(y);
-        let run = |part: usize| {
+        let outs: Vec<SharedMut<f32>> = ys.iter_mut().map(|y| SharedMut::new(y)).collect();
+        let counts = weights.iter().map(|w| w.panels());
+        share_out(pool, counts, max_panels, |part| {
+            let (w, out) = (weights[part.weight], &outs[part.weight]);
             let mut tile: Tile = [[0.0; MAX_PANELS * PANEL]; MAX_ROWS];
-            let end = panels.min((part + 1) * piece);
-            for panel in (part * piece..end).step_by(max_panels) {
+            let end = part.panels.end;
+            for panel in part.panels.step_by(max_panels) {
                 let count = max_panels.min(end - panel);
                 let col = panel * PANEL;
-                let cols = (count * PANEL).min(self.n - col);
+                let cols = (count * PANEL).min(w.n - col);
                 for i in 0..tiles {
                     let (row, end) = (t * i / tiles, t * (i + 1) / tiles);
-                    // SAFETY: the processor has the path, which `product_on` asserted; `end - row <= max_rows` by the choice of
+                    // SAFETY: the processor has the path, which `products_on` asserted; `end - row <= max_rows` by the choice of
                     // `tiles`; `rows` holds `t` rows of `blocks` blocks, asserted above; the panels exist.
-                    unsafe { kernel(self, panel, count, rows, row, end - row, &mut tile) };
+                    unsafe { kernel(w, panel, count, rows, row, end - row, &mut tile) };
                     for (from, r) in tile.iter().zip(row..end) {
                         // SAFETY: the columns of these panels belong to this part alone.
-                        let to = unsafe { shared.slice(r * self.n + col, cols) };
-                        to.copy_from_slice(&from[..cols]);
+                        let to = unsafe { out.slice(r * w.n + col, cols) };
+                        for (to, from) in to.iter_mut().zip(from) {
+                            *to = from * w.unit;
+                        }
                     }
                 }
             }
-        };
-        let parts = panels.div_ceil(piece);
-        match pool {
-            Some(pool) if parts > 1 => pool.run(parts, run),
-            _ => (0..parts).for_each(run),
-        }
+        });
     }
 }
