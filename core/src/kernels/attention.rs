@@ -92,10 +92,12 @@ pub struct Span<'a> {
 }
 
 /// Positions of the queries whose scores are in memory at a time.
-const QUERY_BLOCK: usize = 32;
+const QUERY_BLOCK: usize = 64;
 /// Keys whose scores are in memory at a time. Blocks begin at its multiples, so that a query's result does not depend on what it
 /// was computed together with.
-const KEY_BLOCK: usize = 64;
+const KEY_BLOCK: usize = 128;
+/// Queries side by side where registers are many: twelve by two blocks of keys are 24 sums.
+const QUERY_LINE: usize = 12;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -198,18 +200,13 @@ unsafe fn attend(
         "a span outside its buffers"
     );
     let m = count * group;
-    with_scratch(m * (2 * e + KEY_BLOCK + 2), |scratch| {
-        let (queries, rest) = scratch.split_at_mut(m * e);
+    let most = m.next_multiple_of(QUERY_LINE);
+    with_scratch(m * (e + 2) + most * (e + KEY_BLOCK), |scratch| {
+        let (queries, rest) = scratch.split_at_mut(most * e);
         let (sums, rest) = rest.split_at_mut(m * e);
-        let (scores, rest) = rest.split_at_mut(m * KEY_BLOCK);
+        let (scores, rest) = rest.split_at_mut(most * KEY_BLOCK);
         let (largest, total) = rest.split_at_mut(m);
-        let scale = 1.0 / (e as f32).sqrt();
         let first = |r: usize| (span.row + q0 + r) * width + kv_head * group * e;
-        for (r, to) in queries.chunks_exact_mut(group * e).enumerate() {
-            for (to, from) in to.iter_mut().zip(&q[first(r)..]) {
-                *to = from * scale;
-            }
-        }
         sums.fill(0.0);
         largest.fill(f32::NEG_INFINITY);
         total.fill(0.0);
@@ -219,6 +216,8 @@ unsafe fn attend(
             pos,
             count,
             kv_width,
+            q: &q[first(0)..],
+            width,
             keys: &span.k[kv_head * e * LANES..],
             values: &span.v[kv_head * e..],
             queries,
@@ -252,8 +251,11 @@ struct Attend<'a> {
     /// From this head's first on.
     keys: &'a [f32],
     values: &'a [f32],
-    /// (rows, e), divided by √e.
-    queries: &'a [f32],
+    /// The first query's first head of the group, and the numbers from one query to the next.
+    q: &'a [f32],
+    width: usize,
+    /// Queries divided by √e, some rows a line: (rows / n, e, n).
+    queries: &'a mut [f32],
     /// (rows, KEY_BLOCK)
     scores: &'a mut [f32],
     /// (rows, e): Σ exp(score - largest) · value
@@ -268,13 +270,20 @@ impl OnLanes for Attend<'_> {
     #[inline(always)]
     fn run<L: Lanes>(mut self) {
         let end = self.pos + self.count;
+        let line = match self.rows() {
+            QUERY_LINE.. if L::SUMS >= 24 => QUERY_LINE,
+            6.. if L::SUMS >= 6 => 6,
+            3.. => 3,
+            _ => 1,
+        };
+        self.pack_queries(line);
         for first_key in (0..end).step_by(KEY_BLOCK) {
             let keys = KEY_BLOCK.min(end - first_key);
             // Queries before the block see none of it.
             let row = first_key.saturating_sub(self.pos) * self.group;
             // SAFETY: `attend` checked that keys and values up to `end` are there, keys up to whole blocks, and made the scratch.
             unsafe {
-                self.score::<L>(row, first_key, keys);
+                self.score::<L>(line, row / line, first_key, keys);
                 self.softmax::<L>(row, first_key, keys);
                 self.add_values::<L>(row, first_key, keys);
             }
@@ -293,97 +302,102 @@ impl Attend<'_> {
         (self.pos + row / self.group + 1 - first_key).min(keys)
     }
 
-    /// # Safety
-    /// The keys are there up to whole blocks of sixteen, and the scratch has its lengths.
     #[inline(always)]
-    unsafe fn score<L: Lanes>(&mut self, mut row: usize, first_key: usize, keys: usize) {
-        let blocks = keys.div_ceil(LANES);
-        // SAFETY: the caller's promise; `R` rows and `B` blocks are left wherever they are taken.
-        unsafe {
-            if self.e % LANES != 0 {
-                // Registers full of one key's elements are no gain for such heads; tiny models have them.
-                while row < self.rows() {
-                    for block in 0..blocks {
-                        self.score_tile::<L, 1, 1>(row, first_key, block);
-                    }
-                    row += 1;
+    fn pack_queries(&mut self, line: usize) {
+        let scale = 1.0 / (self.e as f32).sqrt();
+        let rows = self.rows();
+        for (i, lines) in self.queries.chunks_exact_mut(line * self.e).enumerate() {
+            for r in 0..line {
+                // What fills up the last line is computed and never looked at.
+                let row = (i * line + r).min(rows - 1);
+                let at = row / self.group * self.width + row % self.group * self.e;
+                let from = &self.q[at..at + self.e];
+                for (to, from) in lines[r..].iter_mut().step_by(line).zip(from) {
+                    *to = from * scale;
                 }
-                return;
             }
-            while L::SUMS >= 12 && self.rows() - row >= 12 {
-                for block in 0..blocks {
-                    self.score_tile::<L, 12, 1>(row, first_key, block);
-                }
-                row += 12;
-            }
-            while L::SUMS >= 6 && self.rows() - row >= 6 {
-                for block in 0..blocks {
-                    self.score_tile::<L, 6, 1>(row, first_key, block);
-                }
-                row += 6;
-            }
-            while L::SUMS >= 6 && self.rows() - row >= 3 {
-                let mut block = 0;
-                while L::SUMS >= 12 && block + 4 <= blocks {
-                    self.score_tile::<L, 3, 4>(row, first_key, block);
-                    block += 4;
-                }
-                while block < blocks {
-                    self.score_tile::<L, 3, 1>(row, first_key, block);
-                    block += 1;
-                }
-                row += 3;
-            }
-            while row < self.rows() {
-                let mut block = 0;
-                while L::SUMS >= 6 && block + 4 <= blocks {
-                    self.score_tile::<L, 1, 4>(row, first_key, block);
-                    block += 4;
-                }
-                while block < blocks {
-                    self.score_tile::<L, 1, 1>(row, first_key, block);
-                    block += 1;
-                }
-                row += 1;
+            if (i + 1) * line >= rows {
+                break;
             }
         }
     }
 
+    /// Scores of the rows from line `first` of the queries on.
+    ///
     /// # Safety
-    /// Rows `row..row + R` and blocks `block..block + B` of the keys from `first_key` on are there.
+    /// The keys are there up to whole blocks of sixteen, and the scratch has its lengths.
+    #[inline(always)]
+    unsafe fn score<L: Lanes>(&mut self, line: usize, first: usize, first_key: usize, keys: usize) {
+        let blocks = keys.div_ceil(LANES);
+        for i in first..self.rows().div_ceil(line) {
+            let mut block = 0;
+            while block < blocks {
+                let left = blocks - block;
+                // SAFETY: the caller's promise, and so many blocks are left.
+                unsafe {
+                    block += match line {
+                        QUERY_LINE if L::SUMS >= 24 => match left {
+                            2.. => self.score_tile::<L, QUERY_LINE, 2>(i, first_key, block),
+                            _ => self.score_tile::<L, QUERY_LINE, 1>(i, first_key, block),
+                        },
+                        6 if L::SUMS >= 6 => match left {
+                            4.. if L::SUMS >= 24 => self.score_tile::<L, 6, 4>(i, first_key, block),
+                            _ => self.score_tile::<L, 6, 1>(i, first_key, block),
+                        },
+                        3 => match left {
+                            4.. if L::SUMS >= 24 => self.score_tile::<L, 3, 4>(i, first_key, block),
+                            _ => self.score_tile::<L, 3, 1>(i, first_key, block),
+                        },
+                        _ => match left {
+                            4.. if L::SUMS >= 6 => self.score_tile::<L, 1, 4>(i, first_key, block),
+                            _ => self.score_tile::<L, 1, 1>(i, first_key, block),
+                        },
+                    }
+                }
+            }
+        }
+    }
+
+    /// Scores of line `line` of `R` queries and `B` blocks of keys; returns `B`.
+    ///
+    /// # Safety
+    /// That line of queries and blocks `block..block + B` of the keys from `first_key` on are there.
     #[inline(always)]
     unsafe fn score_tile<L: Lanes, const R: usize, const B: usize>(
         &mut self,
-        row: usize,
+        line: usize,
         first_key: usize,
         block: usize,
-    ) {
+    ) -> usize {
         let e = self.e;
         let stride = self.kv_width * LANES;
         // SAFETY: the caller's promise.
         unsafe {
-            let keys = self.keys.as_ptr().add((first_key / LANES + block) * stride);
-            let queries = self.queries.as_ptr().add(row * e);
+            let mut keys = self.keys.as_ptr().add((first_key / LANES + block) * stride);
+            let mut queries = self.queries.as_ptr().add(line * R * e);
             let mut sums = [[L::splat(0.0); B]; R];
-            for c in 0..e {
+            for _ in 0..e {
                 let mut lines = [L::splat(0.0); B];
                 for (b, line) in lines.iter_mut().enumerate() {
-                    *line = L::load(keys.add(b * stride + c * LANES));
+                    *line = L::load(keys.add(b * stride));
                 }
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let query = L::splat(*queries.add(r * e + c));
+                    let query = L::splat(*queries.add(r));
                     for (sum, line) in sums.iter_mut().zip(lines) {
                         *sum = query.mul_add(line, *sum);
                     }
                 }
+                keys = keys.add(LANES);
+                queries = queries.add(R);
             }
             for (r, sums) in sums.iter().enumerate() {
                 for (b, sum) in sums.iter().enumerate() {
-                    let at = (row + r) * KEY_BLOCK + (block + b) * LANES;
+                    let at = (line * R + r) * KEY_BLOCK + (block + b) * LANES;
                     sum.store(self.scores.as_mut_ptr().add(at));
                 }
             }
         }
+        B
     }
 
     /// Scores to exp(score - largest so far), with what was summed up before brought to the new largest.
