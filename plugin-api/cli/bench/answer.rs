@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::fail::Fail;
 use crate::out::{Out, Table};
-use crate::Place;
+use crate::{load_policy, Place};
 
 /// Longest wait for one answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
@@ -28,6 +28,7 @@ pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
         store_dir: place.dir.clone(),
         base: args.model.clone(),
         threads: args.threads,
+        policy: Some(load_policy(None)?),
         no_learning: true,
         weights: args.weights.first().copied().unwrap_or_default().into(),
         ..Options::default()
