@@ -1,6 +1,7 @@
 # make demo     a LangGraph agent is recorded, distilled and replaced, start to end (LEVEL=GoToLocal; LEVEL=PutNextLocal is harder)
 # make test     everything that is tested, set-up included
-# make bench    speed of the engine on this machine
+# make bench    speed beside llama.cpp and PyTorch on this machine, an hour or two (BENCH_ONLY=decode,lora chooses; BENCH_FLAGS="--peers none" ours alone)
+# make bench-quick  speed of the engine alone, a minute
 # make interop what Locum writes, opened by transformers and PEFT (fetches PyTorch, some GB; INTEROP_PYTHON=... takes yours)
 # make soak     the loop under load for a while (SOAK_SECONDS=600)
 # make clean    throw away what was built and fetched
@@ -32,7 +33,7 @@ PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 # Downloads run while cargo compiles; `make` is called again with -j2 for that, so the user need not.
 AGAIN := $(MAKE) --no-print-directory
 
-.PHONY: all demo demo-unfiltered test interop bench soak clean ready fetched build test-build venv model store python headers
+.PHONY: all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
 
 all: build
 
@@ -142,7 +143,15 @@ $(INTEROP_VENV)/.packages:
 
 # --- speed and endurance ---
 
+# docs/bench/run.py installs the peers into .cache/ when a row asks for them; its options take installs that are there already.
+BENCH_ONLY ?=
+BENCH_FLAGS ?=
+
 bench:
+	@$(AGAIN) -j2 build model
+	@$(PYTHON) docs/bench/run.py --locum $(LOCUM) --gguf $(MODEL) --cache $(CACHE) --rows "$(BENCH_ONLY)" $(BENCH_FLAGS)
+
+bench-quick:
 	@$(AGAIN) -j2 build model
 	@test -e $(CACHE)/bench/base || $(LOCUM) --store $(CACHE)/bench model import $(MODEL)
 	@$(LOCUM) --store $(CACHE)/bench bench

@@ -54,6 +54,70 @@ fn every_bench_measures_what_it_names() {
 }
 
 #[test]
+fn benches_through_the_door_get_answers() {
+    let world = World::new();
+    let tiny = world.path("tiny");
+    std::fs::create_dir(&tiny).unwrap();
+    locum_core::model::write_tiny(&tiny, 5).unwrap();
+    let tiny = tiny.to_str().unwrap();
+    world.json(&["model", "import", tiny]);
+
+    // It once asked a policy that always says teacher.
+    let answer = world.json(&["bench", "answer", "--runs", "1", "--tokens", "4"]);
+    assert!(answer["decode_tok_s"]["median"].as_f64().unwrap() > 0.0);
+
+    let step = world.json(&["bench", "step", "--model", tiny, "--runs", "2"]);
+    let rows = step["rows"].as_array().unwrap();
+    assert_eq!(
+        (&rows[0]["turn"], &rows[1]["turn"]),
+        (&2.into(), &20.into())
+    );
+    assert!(step["ratio"].as_f64().unwrap() > 0.0, "{step}");
+
+    let serve = world.json(&[
+        "bench",
+        "serve-while-training",
+        "--model",
+        tiny,
+        "--tokens",
+        "12",
+    ]);
+    assert_eq!(serve["steps"], 12);
+    for key in ["idle_p99_ms", "training_p99_ms", "ratio"] {
+        assert!(serve[key].as_f64().unwrap() > 0.0, "{serve}");
+    }
+    let students = world.json(&["students"]);
+    assert_eq!(students["students"].as_array().map(Vec::len), Some(0));
+}
+
+#[test]
+fn an_older_processor_is_played_only_where_the_bench_is_told_to() {
+    let world = World::new();
+    let tiny = world.path("tiny");
+    std::fs::create_dir(&tiny).unwrap();
+    locum_core::model::write_tiny(&tiny, 5).unwrap();
+    let path = |isa: &str| {
+        let bench = world.json(&[
+            "bench",
+            "decode",
+            "--model",
+            tiny.to_str().unwrap(),
+            "--weights",
+            "q8",
+            "--runs",
+            "1",
+            "--tokens",
+            "4",
+            "--isa",
+            isa,
+        ]);
+        bench["rows"][0]["kernels"].as_str().unwrap().to_string()
+    };
+    assert_eq!(path("scalar"), "Scalar");
+    assert!(["Avx2", "Scalar"].contains(&path("avx2").as_str()));
+}
+
+#[test]
 fn the_quality_of_fewer_bits_is_measured_on_recorded_steps() {
     let world = World::new();
     let tiny = world.path("tiny");

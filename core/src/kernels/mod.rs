@@ -32,4 +32,4 @@ pub use pointwise::{
 pub use pool::{quiet_thread, Attention, Pool, SharedMut};
 pub use quant::{PackedQ4, PackedQ8, QuantPath};
 pub use random::Random;
-pub use simd::{axpy, dot, features, Features};
+pub use simd::{axpy, dot, features, limit_features, Features, Isa};

@@ -46,6 +46,11 @@ impl Path {
 }
 
 impl PackedBf16 {
+    /// The path that products take on this processor, as reports call it.
+    pub fn path() -> String {
+        format!("{:?}", Path::best())
+    }
+
     /// Rounds (nearest even) and packs `w` (n, k), row-major.
     ///
     /// # Panics

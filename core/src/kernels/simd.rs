@@ -17,41 +17,81 @@ pub struct Features {
     pub avx512_bf16_full_rate: bool,
 }
 
+/// A processor to be taken for, so that the paths of older ones can be measured on a newer one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    Scalar,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// Everything there is.
+    Avx512,
+}
+
+static FEATURES: OnceLock<Features> = OnceLock::new();
+
 /// The processor's features, read once.
 pub fn features() -> Features {
-    static FEATURES: OnceLock<Features> = OnceLock::new();
-    *FEATURES.get_or_init(|| {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx512_bf16 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512bf16");
-            let vendor = std::arch::x86_64::__cpuid(0);
-            let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes)
-                == [*b"Auth", *b"enti", *b"cAMD"];
-            Features {
-                avx2_fma: is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
-                f16c: is_x86_feature_detected!("f16c"),
-                avx_vnni: is_x86_feature_detected!("avxvnni"),
-                avx512: is_x86_feature_detected!("avx512f"),
-                avx512_vnni: is_x86_feature_detected!("avx512vnni"),
-                avx512_bf16,
-                avx512_bf16_full_rate: avx512_bf16 && amd,
-            }
+    *FEATURES.get_or_init(detected)
+}
+
+/// Hides from every kernel what goes beyond `isa`, for the rest of the process. Products that `gemm` computes are its own choice.
+///
+/// # Errors
+/// The features were read before, so that kernels may have been chosen by them already.
+pub fn limit_features(isa: Isa) -> Result<Features, &'static str> {
+    FEATURES
+        .set(detected().within(isa))
+        .map_err(|_| "the kernels have been chosen already")?;
+    Ok(features())
+}
+
+impl Features {
+    fn within(self, isa: Isa) -> Self {
+        let wide = isa == Isa::Avx512;
+        let narrow = isa != Isa::Scalar;
+        Self {
+            avx2_fma: self.avx2_fma && narrow,
+            f16c: self.f16c && narrow,
+            // VPDPBUSD of 256 bits came after AVX-512.
+            avx_vnni: self.avx_vnni && wide,
+            avx512: self.avx512 && wide,
+            avx512_vnni: self.avx512_vnni && wide,
+            avx512_bf16: self.avx512_bf16 && wide,
+            avx512_bf16_full_rate: self.avx512_bf16_full_rate && wide,
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            Features {
-                avx2_fma: false,
-                f16c: false,
-                avx_vnni: false,
-                avx512: false,
-                avx512_vnni: false,
-                avx512_bf16: false,
-                avx512_bf16_full_rate: false,
-            }
-        }
-    })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detected() -> Features {
+    let avx512_bf16 = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512bf16");
+    let vendor = std::arch::x86_64::__cpuid(0);
+    let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes)
+        == [*b"Auth", *b"enti", *b"cAMD"];
+    Features {
+        avx2_fma: is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+        f16c: is_x86_feature_detected!("f16c"),
+        avx_vnni: is_x86_feature_detected!("avxvnni"),
+        avx512: is_x86_feature_detected!("avx512f"),
+        avx512_vnni: is_x86_feature_detected!("avx512vnni"),
+        avx512_bf16,
+        avx512_bf16_full_rate: avx512_bf16 && amd,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn detected() -> Features {
+    Features {
+        avx2_fma: false,
+        f16c: false,
+        avx_vnni: false,
+        avx512: false,
+        avx512_vnni: false,
+        avx512_bf16: false,
+        avx512_bf16_full_rate: false,
+    }
 }
 
 /// `Σ a[i] b[i]`.
@@ -159,6 +199,19 @@ pub(super) unsafe fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn features_are_limited_before_they_are_read_or_not_at_all() {
+        let all = features();
+        assert!(limit_features(Isa::Scalar).is_err(), "somebody has them");
+        assert_eq!(features(), all);
+        assert_eq!(all.within(Isa::Avx512), all);
+        let narrow = all.within(Isa::Avx2);
+        assert_eq!((narrow.avx2_fma, narrow.f16c), (all.avx2_fma, all.f16c));
+        assert!(!narrow.avx512 && !narrow.avx512_vnni && !narrow.avx_vnni);
+        let none = all.within(Isa::Scalar);
+        assert!(!none.avx2_fma && !none.f16c && !none.avx512_bf16);
+    }
 
     #[test]
     fn every_dot_product_agrees_with_the_scalar_one() {

@@ -114,7 +114,8 @@ impl Config {
                 found: num_key_value_heads.to_string(),
             });
         }
-        if head_dim % 2 != 0 {
+        // Also where it was computed: a hidden size below the number of heads gives 0.
+        if head_dim < 2 || head_dim % 2 != 0 {
             return Err(ModelError::Config {
                 field: "head_dim",
                 found: head_dim.to_string(),
@@ -175,7 +176,7 @@ impl Config {
             "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": num_attention_heads,
             "num_key_value_heads": num_key_value_heads,
-            "head_dim": hidden_size / num_attention_heads,
+            "head_dim": hidden_size.checked_div(num_attention_heads),
             "max_position_embeddings": max_position_embeddings,
             "rms_norm_eps": rms_norm_eps,
             "rope_theta": rope_theta,

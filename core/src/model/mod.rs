@@ -7,6 +7,7 @@
 mod backward;
 mod config;
 mod forward;
+mod gguf;
 mod lora;
 mod packed;
 mod params;
@@ -22,14 +23,14 @@ use std::sync::Arc;
 pub use backward::{Grads, HeadLoss, TrainId};
 pub use config::{Architecture, Config, Llama3Scaling};
 pub use forward::{PackedRows, Tape};
+pub use gguf::{read_gguf, Gguf};
 pub use lora::{AdapterConfig, Lora};
 pub use packed::{Compute, WeightFormat};
 pub use params::{LayerParam, ParamId, LINEARS};
 pub use sequence::{FastWeights, KvCache, Sequence};
 pub use tiny::{write_tiny, TINY_CHARS};
 pub use weights::{
-    decode, encode, read_config, read_gguf, write_atomically, write_safetensors, FileDtype, Gguf,
-    Param, Weights,
+    decode, encode, read_config, write_atomically, write_safetensors, FileDtype, Param, Weights,
 };
 
 use crate::kernels::RopeTable;

@@ -1,4 +1,4 @@
-//! Weight files: Hugging Face safetensors in and out, GGUF in. Quantised blocks are expanded by candle.
+//! Weight files of Hugging Face: safetensors in and out.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -6,15 +6,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::quantized::gguf_file;
-use candle_core::{DType, Device};
 use half::{bf16, f16};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use serde_json::{json, Value};
+use serde_json::Value;
 
-use super::config::{Architecture, Config};
-use super::params::{LayerParam, ParamId};
+use super::config::Config;
+use super::params::ParamId;
 use super::ModelError;
 use crate::limits;
 
@@ -64,7 +62,7 @@ impl Weights {
     /// A missing tensor, another shape or dtype, or a number that is not finite: each names the tensor. Tensors that the
     /// config does not call for are refused too, for a part of the model would be missing from the computation.
     pub fn load(dir: &Path, config: &Config) -> Result<Self, ModelError> {
-        let mut found: BTreeMap<String, Param> = BTreeMap::new();
+        let mut found: BTreeMap<String, (Vec<usize>, Param)> = BTreeMap::new();
         for path in weight_files(dir)? {
             // Read, not mapped: another process that shortens a mapped file would bring the host down with SIGBUS.
             let bytes = fs::read(&path).map_err(|e| ModelError::io(&path, e))?;
@@ -80,16 +78,16 @@ impl Weights {
                     continue;
                 }
                 let data = decode(&name, &view)?;
-                found.insert(name, Arc::new(data));
+                found.insert(name, (view.shape().to_vec(), Arc::new(data)));
             }
         }
         let mut params = BTreeMap::new();
         for id in ParamId::all(config) {
             let name = id.name();
-            let data = found
+            let (shape, data) = found
                 .remove(&name)
                 .ok_or_else(|| ModelError::MissingTensor(name.clone()))?;
-            check(&name, &data, &id.shape(config))?;
+            check_shape(&name, &shape, &id.shape(config))?;
             params.insert(id, data);
         }
         match found.into_keys().next() {
@@ -195,28 +193,30 @@ pub fn decode(name: &str, view: &TensorView) -> Result<Vec<f32>, ModelError> {
             })
         }
     };
+    check_finite(name, &data)?;
+    Ok(data)
+}
+
+/// Another shape of as many numbers would be another matrix.
+pub(super) fn check_shape(name: &str, found: &[usize], want: &[usize]) -> Result<(), ModelError> {
+    match found == want {
+        true => Ok(()),
+        false => Err(ModelError::Tensor {
+            name: name.into(),
+            why: format!("shape {found:?}, the config calls for {want:?}"),
+        }),
+    }
+}
+
+/// A number that is not finite would spread to every token.
+pub(super) fn check_finite(name: &str, data: &[f32]) -> Result<(), ModelError> {
     match data.iter().position(|x| !x.is_finite()) {
+        None => Ok(()),
         Some(at) => Err(ModelError::Tensor {
             name: name.into(),
             why: format!("element {at} is not a finite number"),
         }),
-        None => Ok(data),
     }
-}
-
-fn check(name: &str, data: &[f32], shape: &[usize]) -> Result<(), ModelError> {
-    let want: usize = shape.iter().product();
-    if data.len() != want {
-        let why = format!(
-            "{} numbers, the config calls for {want} {shape:?}",
-            data.len()
-        );
-        return Err(ModelError::Tensor {
-            name: name.into(),
-            why,
-        });
-    }
-    Ok(())
 }
 
 fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, ModelError> {
@@ -248,170 +248,4 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, ModelError> {
         return Err(bad("a shard's name leaves the folder"));
     }
     Ok(names.into_iter().map(|n| dir.join(n)).collect())
-}
-
-/// What a GGUF file holds: the model, and the metadata from which the tokenizer is made.
-pub struct Gguf {
-    pub config: Config,
-    pub weights: Weights,
-    pub metadata: std::collections::HashMap<String, gguf_file::Value>,
-}
-
-/// Reads a Llama- or Qwen3-type GGUF file and expands its weights to `f32`.
-///
-/// llama.cpp stores the query and key rows of a Llama in interleaved-rotary order; they are brought back to half-split order.
-///
-/// # Errors
-/// A file that is cut short, another architecture, a missing tensor or a wrong shape; each names the tensor or the key.
-pub fn read_gguf(path: &Path) -> Result<Gguf, ModelError> {
-    let bad = |why: String| ModelError::File {
-        path: path.into(),
-        why,
-    };
-    let mut file = std::io::BufReader::new(File::open(path).map_err(|e| ModelError::io(path, e))?);
-    let content = gguf_file::Content::read(&mut file)
-        .map_err(|e| bad(format!("not a readable GGUF file: {e}")))?;
-    let get = |key: &str| content.metadata.get(key);
-    let text = |key: &str| get(key).and_then(|v| v.to_string().ok()).cloned();
-    let arch = text("general.architecture")
-        .ok_or_else(|| bad("general.architecture is missing".into()))?;
-    let architecture = match arch.as_str() {
-        "llama" => Architecture::Llama,
-        "qwen3" => Architecture::Qwen3,
-        other => {
-            return Err(ModelError::Unsupported(format!(
-                "GGUF architecture {other:?}: Locum runs Llama- and Qwen3-type decoders"
-            )))
-        }
-    };
-    let number = |key: &str| -> Result<usize, ModelError> {
-        let key = format!("{arch}.{key}");
-        get(&key)
-            .and_then(|v| v.to_u32().map(u64::from).or_else(|_| v.to_u64()).ok())
-            .map(|n| n as usize)
-            .ok_or_else(|| bad(format!("{key} is missing or no number")))
-    };
-    let float = |key: &str, default: f64| {
-        get(&format!("{arch}.{key}"))
-            .and_then(|v| v.to_f32().ok())
-            .map_or(default, shortest)
-    };
-    let (d, heads) = (number("embedding_length")?, number("attention.head_count")?);
-    let embed_shape = content
-        .tensor_infos
-        .get("token_embd.weight")
-        .map(|info| info.shape.dims().to_vec())
-        .ok_or_else(|| ModelError::MissingTensor("token_embd.weight".into()))?;
-    if embed_shape.len() != 2 {
-        return Err(ModelError::Tensor {
-            name: "token_embd.weight".into(),
-            why: format!("shape {embed_shape:?}"),
-        });
-    }
-    let tied = !content.tensor_infos.contains_key("output.weight");
-    let mut raw = Config::llama_json(
-        embed_shape[0],
-        d,
-        number("feed_forward_length")?,
-        number("block_count")?,
-        heads,
-        number("attention.head_count_kv").unwrap_or(heads),
-        number("context_length")?,
-        float("attention.layer_norm_rms_epsilon", 1e-5),
-        float("rope.freq_base", 10_000.0),
-        tied,
-    );
-    if let Ok(head_dim) = number("attention.key_length") {
-        raw["head_dim"] = json!(head_dim);
-    }
-    if architecture == Architecture::Qwen3 {
-        raw["model_type"] = json!("qwen3");
-        raw["architectures"] = json!(["Qwen3ForCausalLM"]);
-    }
-    for (name, key) in [
-        ("bos_token_id", "tokenizer.ggml.bos_token_id"),
-        ("eos_token_id", "tokenizer.ggml.eos_token_id"),
-    ] {
-        if let Some(id) = get(key).and_then(|v| v.to_u32().ok()) {
-            raw[name] = json!(id);
-        }
-    }
-    let config = Config::from_json(&raw)?;
-    let mut params = BTreeMap::new();
-    for id in ParamId::all(&config) {
-        let name = gguf_name(id);
-        let tensor = content
-            .tensor(&mut file, &name, &Device::Cpu)
-            .and_then(|t| t.dequantize(&Device::Cpu))
-            .and_then(|t| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>())
-            .map_err(|e| ModelError::Tensor {
-                name: name.clone(),
-                why: e.to_string(),
-            })?;
-        check(&name, &tensor, &id.shape(&config))?;
-        if let Some(at) = tensor.iter().position(|x| !x.is_finite()) {
-            return Err(ModelError::Tensor {
-                name,
-                why: format!("element {at} is not a finite number"),
-            });
-        }
-        let tensor = match (architecture, id) {
-            (Architecture::Llama, ParamId::Layer(_, LayerParam::Q)) => {
-                half_split(&tensor, config.num_attention_heads, config.hidden_size)
-            }
-            (Architecture::Llama, ParamId::Layer(_, LayerParam::K)) => {
-                half_split(&tensor, config.num_key_value_heads, config.hidden_size)
-            }
-            _ => tensor,
-        };
-        params.insert(id, Arc::new(tensor));
-    }
-    Ok(Gguf {
-        config,
-        weights: Weights { params },
-        metadata: content.metadata,
-    })
-}
-
-/// The shortest decimal that reads back as this `f32`: 1e-5 stored as f32 is 1e-5 again, and not 9.99999974e-6.
-fn shortest(x: f32) -> f64 {
-    x.to_string().parse().expect("a printed f32 is a number")
-}
-
-/// Rows of each head from interleaved (0, e/2, 1, e/2 + 1, ... of the original) back to half-split order.
-fn half_split(rows: &[f32], heads: usize, width: usize) -> Vec<f32> {
-    let e = rows.len() / width / heads;
-    let mut out = vec![0.0; rows.len()];
-    for head in 0..heads {
-        for i in 0..e {
-            let from = (head * e + 2 * (i % (e / 2)) + i / (e / 2)) * width;
-            let to = (head * e + i) * width;
-            out[to..to + width].copy_from_slice(&rows[from..from + width]);
-        }
-    }
-    out
-}
-
-fn gguf_name(id: ParamId) -> String {
-    match id {
-        ParamId::Embed => "token_embd.weight".into(),
-        ParamId::FinalNorm => "output_norm.weight".into(),
-        ParamId::Head => "output.weight".into(),
-        ParamId::Layer(i, p) => {
-            let part = match p {
-                LayerParam::InputNorm => "attn_norm",
-                LayerParam::Q => "attn_q",
-                LayerParam::K => "attn_k",
-                LayerParam::V => "attn_v",
-                LayerParam::O => "attn_output",
-                LayerParam::QNorm => "attn_q_norm",
-                LayerParam::KNorm => "attn_k_norm",
-                LayerParam::PostNorm => "ffn_norm",
-                LayerParam::Gate => "ffn_gate",
-                LayerParam::Up => "ffn_up",
-                LayerParam::Down => "ffn_down",
-            };
-            format!("blk.{i}.{part}.weight")
-        }
-    }
 }

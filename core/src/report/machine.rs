@@ -50,10 +50,15 @@ pub fn machine() -> Machine {
         (false, true) => ", bf16 widened (VDPBF16PS is no faster than f32 here)",
         (false, false) => ", bf16 widened",
     };
-    let kernels = format!(
-        "{plain}{bf16}; q8 and q4 with {:?}",
-        kernels::QuantPath::best()
-    );
+    let path = kernels::QuantPath::best();
+    let why = match path {
+        _ if f.avx512_vnni => "VPDPBUSD of 512 bits is here",
+        _ if f.avx512 => "AVX-512 here has no VNNI",
+        _ if f.avx_vnni => "VPDPBUSD of 256 bits is here, AVX-512 is not",
+        _ if f.avx2_fma => "neither AVX-512 nor VNNI is here",
+        _ => "AVX2 with FMA and F16C is not here",
+    };
+    let kernels = format!("{plain}{bf16}; q8 and q4 with {path:?} ({why})");
     let graphics = match Path::new("/proc/driver/nvidia/version").exists() {
         true => "an NVIDIA driver is here, but this release computes on the processor only",
         false => "none found; this release computes on the processor only",

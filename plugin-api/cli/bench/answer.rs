@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::fail::Fail;
 use crate::out::{Out, Table};
-use crate::Place;
+use crate::{load_policy, Place};
 
 /// Longest wait for one answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
@@ -28,6 +28,7 @@ pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
         store_dir: place.dir.clone(),
         base: args.model.clone(),
         threads: args.threads,
+        policy: Some(load_policy(None)?),
         no_learning: true,
         weights: args.weights.first().copied().unwrap_or_default().into(),
         ..Options::default()
@@ -92,7 +93,8 @@ fn answer(locum: &Locum, run: usize, reply_tokens: u32) -> Result<Timed, Fail> {
         ..ToolSpec::default()
     };
     // Different from the first word on, so that nothing is taken from a cache of an earlier prompt.
-    let page: String = (0..400)
+    // About 800 tokens, which the view of the shipped policy still allows.
+    let page: String = (0..60)
         .map(|i| {
             format!(
                 "item {} is worth {} coins. ",

@@ -1,8 +1,12 @@
-//! `locum bench`: how fast a model reads, answers and learns on this machine, and what fewer bits cost.
+//! `locum bench`: how fast a model reads, answers and learns on this machine, how near its limits, and what fewer bits cost.
 
 mod answer;
+mod desk;
 mod engine;
+mod limits;
 mod quality;
+mod serve;
+mod step;
 mod train;
 
 use std::path::PathBuf;
@@ -11,7 +15,7 @@ use std::time::Instant;
 use clap::ValueEnum;
 use locum_core::chat::Chat;
 use locum_core::error::Error;
-use locum_core::kernels::{features, Pool};
+use locum_core::kernels::{limit_features, Isa, PackedBf16, Pool, QuantPath};
 use locum_core::model::{Model, WeightFormat};
 use locum_core::registry::Registry;
 use locum_core::view::View;
@@ -49,6 +53,16 @@ pub struct Args {
     /// Numbers of the products in `train`: bf16 by itself where the processor is faster at it
     #[arg(long, value_parser = ["bf16", "f32"])]
     compute: Option<String>,
+    /// Take the processor for an older one
+    #[arg(long, value_enum, hide = true)]
+    isa: Option<Older>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Older {
+    Scalar,
+    Avx2,
+    Avx512,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -63,6 +77,10 @@ enum What {
     Train,
     /// Answers through the same door as a host
     Answer,
+    /// One step of an episode that grows: its second turn against its twentieth
+    Step,
+    /// Steps while a student is being made in the same process, against steps on an idle machine
+    ServeWhileTraining,
     /// What each kind of weights changes in the answers to recorded steps
     Quality,
 }
@@ -88,7 +106,17 @@ impl From<Weights> for WeightFormat {
 }
 
 pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
+    if let Some(older) = args.isa {
+        let isa = match older {
+            Older::Scalar => Isa::Scalar,
+            Older::Avx2 => Isa::Avx2,
+            Older::Avx512 => Isa::Avx512,
+        };
+        limit_features(isa).expect("no command before this one has asked for the features");
+    }
     match args.what {
+        Some(What::Step) => step::run(&args, place, out),
+        Some(What::ServeWhileTraining) => serve::run(&args, place, out),
         Some(What::Answer) => answer::run(&args, place, out),
         Some(What::Quality) => quality::run(&args, place, out),
         Some(What::Train) => train::run(&args, place, out),
@@ -142,17 +170,30 @@ impl Args {
                 view: Some(manifest.view),
             });
         }
-        let dir = registry.base_dir(None)?.ok_or(Fail::Missing {
-            what: "there is no base model to time".into(),
-            next:
-                "Import one with `locum model import FILE_OR_DIR`, or name a folder with --model.",
-        })?;
+        let dir = self.base_dir(place)?;
         let (model, chat, _) = registry.load_base(&dir)?;
         Ok(Loaded {
             model,
             chat,
             name: dir.display().to_string(),
             view: None,
+        })
+    }
+}
+
+impl Args {
+    /// Folder of the base model to time.
+    fn base_dir(&self, place: &Place) -> Result<PathBuf, Fail> {
+        if let Some(dir) = &self.model {
+            return Ok(dir.clone());
+        }
+        place.must_exist()?;
+        Registry::open(&place.dir)?
+            .base_dir(None)?
+            .ok_or(Fail::Missing {
+            what: "there is no base model to time".into(),
+            next:
+                "Import one with `locum model import FILE_OR_DIR`, or name a folder with --model.",
         })
     }
 }
@@ -183,18 +224,12 @@ fn median(sorted: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// The kernels that a format uses here.
-fn path(format: WeightFormat) -> &'static str {
-    let f = features();
+/// The kernels that a format uses here, by their own word.
+fn path(format: WeightFormat) -> String {
     match format {
-        WeightFormat::F32 if f.avx512 => "f32, AVX-512",
-        WeightFormat::F32 if f.avx2_fma => "f32, AVX2",
-        WeightFormat::Bf16 if f.avx512_bf16_full_rate => "bf16, VDPBF16PS",
-        WeightFormat::Bf16 if f.avx512 => "bf16 widened, AVX-512",
-        WeightFormat::Bf16 if f.avx2_fma => "bf16 widened, AVX2",
-        WeightFormat::Q8 | WeightFormat::Q4 if f.avx512_vnni => "int8, AVX-512 VNNI",
-        WeightFormat::Q8 | WeightFormat::Q4 if f.avx2_fma => "int8, AVX2",
-        _ => "scalar",
+        WeightFormat::F32 => "gemm".into(),
+        WeightFormat::Bf16 => PackedBf16::path(),
+        WeightFormat::Q8 | WeightFormat::Q4 => format!("{:?}", QuantPath::best()),
     }
 }
 

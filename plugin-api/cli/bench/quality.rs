@@ -71,7 +71,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
             format!("{:.2} %", 100.0 * row.same_tokens),
             format!("{:.1} %", 100.0 * row.same_steps),
             format!("{:.1} %", 100.0 * row.as_teacher),
-            path(format).into(),
+            path(format),
         ]);
         rows.push(json!({
             "weights": format.name(), "weight_bytes": packed.weight_bytes(), "kl_nats": row.kl, "same_tokens": row.same_tokens,

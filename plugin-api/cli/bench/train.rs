@@ -20,6 +20,16 @@ pub enum Method {
     Full,
 }
 
+impl Method {
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Lora => "lora",
+            Method::Upper => "upper",
+            Method::Full => "full",
+        }
+    }
+}
+
 /// Rows of one step, and tokens of one row where `--tokens` does not say.
 const ROWS: usize = 4;
 const TOKENS: usize = 512;
@@ -41,11 +51,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
             weight: 1.0,
         })
         .collect();
-    let method = match args.method {
-        Method::Lora => "lora",
-        Method::Upper => "upper",
-        Method::Full => "full",
-    };
+    let method = args.method.name();
     let knobs = RecipeKnobs {
         method: Some(method.into()),
         batch_tokens: Some(ROWS * tokens),
