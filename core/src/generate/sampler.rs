@@ -1,5 +1,7 @@
 //! From a row of logits to a token.
 
+use crate::kernels::log_sum_exp;
+
 /// A chosen token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Choice {
@@ -50,7 +52,11 @@ pub(super) fn choose(
             }
         });
     }
-    let logprob = f64::from(chosen - max) - sum(1.0).ln();
+    let logprob = match allowed {
+        // All of a vocabulary is many. A logit that is not finite has no share, so it must not be there.
+        None if count == logits.len() => f64::from(chosen) - log_sum_exp(logits),
+        _ => f64::from(chosen - max) - sum(1.0).ln(),
+    };
     Some(Choice {
         token,
         logprob,

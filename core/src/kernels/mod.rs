@@ -23,6 +23,7 @@ pub use attention::{
     Span,
 };
 pub use bf16::{matmul_bf16, round_bf16};
+pub use lanes::{log_sum_exp, widest_lanes};
 pub use matmul::{matmul, matmul_nt_small, Mat, MatMut};
 pub use packed::PackedBf16;
 pub use pointwise::{

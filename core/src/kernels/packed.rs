@@ -3,7 +3,7 @@
 use super::bf16::{bf16_bits, Line};
 #[cfg(target_arch = "x86_64")]
 use super::bf16_x86::PREFETCH_WORDS;
-use super::lanes::{on_lanes, Lanes, OnLanes, LANES};
+use super::lanes::{on_lanes, widest_lanes, Lanes, OnLanes, LANES};
 #[cfg(target_arch = "x86_64")]
 use super::matmul::{Mat, MatMut};
 use super::panels::share_out;
@@ -48,7 +48,10 @@ impl Path {
 impl PackedBf16 {
     /// The path that products take on this processor, as reports call it.
     pub fn path() -> String {
-        format!("{:?}", Path::best())
+        match Path::best() {
+            Path::Bf16 => "VDPBF16PS".into(),
+            Path::Widened => format!("widened, {}", widest_lanes()),
+        }
     }
 
     /// Rounds (nearest even) and packs `w` (n, k), row-major.

@@ -81,6 +81,14 @@ impl Packed {
         }
     }
 
+    fn unpack(&self) -> Vec<f32> {
+        match self {
+            Self::Bf16(w) => w.unpack(),
+            Self::Q8(w) => w.unpack(),
+            Self::Q4(w) => w.unpack(),
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Self::Bf16(w) => w.bytes(),
@@ -117,6 +125,16 @@ impl Model {
         }
         self.packed = Arc::new(packed);
         self
+    }
+
+    /// The model with the numbers its packed matrices stand for, in `f32`: what products by them are judged by.
+    pub fn unpacked(&self) -> Self {
+        let mut plain = self.clone();
+        plain.packed = Arc::default();
+        for (id, packed) in self.packed.iter() {
+            plain.weights.params.insert(*id, Arc::new(packed.unpack()));
+        }
+        plain
     }
 
     /// The same model, with every tensor that equals the other's taken from there, so that it is in memory and in caches once.
@@ -285,6 +303,44 @@ mod tests {
             );
             before = error;
             assert!(format == WeightFormat::F32 || packed.weight_bytes() < model.weight_bytes());
+        }
+    }
+
+    #[test]
+    fn serving_packed_weights_agrees_with_the_plain_forward_pass_on_what_they_stand_for() {
+        let (_dir, model) = tiny();
+        let ids: Vec<u32> = (0..70).map(|i| 3 + i * 7 % 50).collect();
+        let pool = Pool::new(2, 0);
+        for (format, limit) in [
+            (WeightFormat::F32, 1e-5),
+            (WeightFormat::Bf16, 1e-5),
+            (WeightFormat::Q8, 0.02),
+            (WeightFormat::Q4, 0.02),
+        ] {
+            let packed = model.clone().packed(format);
+            let plain = packed.unpacked();
+            let rows = crate::model::PackedRows::new(&[ids.len()]);
+            let mut want = plain.embed(&ids).unwrap();
+            plain.blocks(
+                &pool,
+                (0, plain.config.num_hidden_layers),
+                &rows,
+                None,
+                &mut want,
+                None,
+            );
+            // In tiles, then the last few together, then one alone.
+            let mut sequence = Sequence::new(&packed.config, 8);
+            let mut got = Vec::new();
+            for part in [&ids[..60], &ids[60..69], &ids[69..]] {
+                got.extend(packed.step(&pool, &mut [(&mut sequence, part)]).unwrap());
+            }
+            let size = (want.iter().map(|x| x * x).sum::<f32>() / want.len() as f32).sqrt();
+            let off = got
+                .iter()
+                .zip(&want)
+                .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+            assert!(off <= limit * size, "{format:?}: {off} of {size}");
         }
     }
 

@@ -3,6 +3,7 @@
 mod answer;
 mod desk;
 mod engine;
+mod greedy;
 mod limits;
 mod quality;
 mod serve;
@@ -41,7 +42,8 @@ pub struct Args {
     /// Threads that compute; 0 = as many as there are cores
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Tokens of a prompt, or of an answer; for `quality` the number of recorded steps
+    /// Tokens of a prompt, or of an answer; for `quality` the number of recorded steps,
+    /// for `greedy` the tokens compared
     #[arg(long)]
     tokens: Option<usize>,
     /// Times to measure; one more goes before them
@@ -83,6 +85,8 @@ enum What {
     ServeWhileTraining,
     /// What each kind of weights changes in the answers to recorded steps
     Quality,
+    /// Whether the tokens that fast kernels choose are those of the plain forward pass on the same weights
+    Greedy,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
@@ -119,6 +123,7 @@ pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
         Some(What::ServeWhileTraining) => serve::run(&args, place, out),
         Some(What::Answer) => answer::run(&args, place, out),
         Some(What::Quality) => quality::run(&args, place, out),
+        Some(What::Greedy) => greedy::run(&args, place, out),
         Some(What::Train) => train::run(&args, place, out),
         _ => engine::run(&args, place, out),
     }
