@@ -63,7 +63,7 @@ fn benches_through_the_door_get_answers() {
     world.json(&["model", "import", tiny]);
 
     // It once asked a policy that always says teacher.
-    let answer = world.json(&["bench", "answer", "--runs", "1", "--tokens", "4"]);
+    let answer = world.json(&["bench", "answer", "--runs", "1", "--tokens", "16"]);
     assert!(answer["decode_tok_s"]["median"].as_f64().unwrap() > 0.0);
 
     let step = world.json(&["bench", "step", "--model", tiny, "--runs", "2"]);

@@ -132,7 +132,7 @@ impl Header {
         let dtype = dtype(info.kind).ok_or(format!("type {} is not supported", info.kind))?;
         let row = *info.shape.last().unwrap_or(&0);
         let block = dtype.block_size();
-        if row % block != 0 {
+        if !row.is_multiple_of(block) {
             return Err(format!(
                 "rows of {row} cannot be in {dtype:?}, which has blocks of {block}"
             ));
@@ -310,7 +310,7 @@ impl Reader {
         }
         shape.reverse();
         let elements = shape.iter().try_fold(1usize, |all, n| all.checked_mul(*n));
-        if !elements.is_some_and(|n| n > 0) {
+        if elements.is_none_or(|n| n == 0) {
             return Err(format!("shape {shape:?}"));
         }
         Ok(Info {

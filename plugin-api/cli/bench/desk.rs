@@ -15,7 +15,9 @@ use crate::{load_policy, Place};
 
 /// Longest wait for one answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
+/// All that a call can say is listed, so that every answer ends by itself within few tokens, also a random model's.
 const LETTERS: [&str; 4] = ["welcome", "reminder", "invoice", "thanks"];
+const FILES: [&str; 2] = ["orders", "mail"];
 
 /// The base model, pinned, on a store that holds nothing else.
 pub struct Desk {
@@ -54,20 +56,15 @@ impl Desk {
             ..Options::default()
         })?;
         locum.use_student_here(Pin::Base)?;
-        let enumerated = json!({ "type": "string", "enum": LETTERS });
+        let one_of = |words: &[&str]| json!({ "type": "string", "enum": words });
         let tool = |name: &str, about: &str, field: &str, kind: Value| {
             let parameters =
                 json!({ "type": "object", "properties": { field: kind }, "required": [field] });
             json!({ "type": "function", "function": { "name": name, "description": about, "parameters": parameters } })
         };
         let tools = json!([
-            tool(
-                "lookup",
-                "Look a customer up.",
-                "customer",
-                json!({ "type": "string" })
-            ),
-            tool("send", "Send a letter.", "letter", enumerated),
+            tool("lookup", "Look the customer up.", "file", one_of(&FILES)),
+            tool("send", "Send a letter.", "letter", one_of(&LETTERS)),
         ]);
         Ok(Self {
             locum,
@@ -156,7 +153,7 @@ impl Desk {
         let (name, arguments, result) = match turn % 2 {
             1 => (
                 "lookup",
-                json!({ "customer": customer.to_string() }),
+                json!({ "file": FILES[turn / 2 % FILES.len()] }),
                 format!(
                     "customer {customer} waits for: {}",
                     LETTERS[(customer + turn + 1) % LETTERS.len()]
