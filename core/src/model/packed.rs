@@ -314,8 +314,8 @@ mod tests {
         for (format, limit) in [
             (WeightFormat::F32, 1e-5),
             (WeightFormat::Bf16, 1e-5),
-            (WeightFormat::Q8, 0.02),
-            (WeightFormat::Q4, 0.02),
+            (WeightFormat::Q8, 0.1),
+            (WeightFormat::Q4, 0.1),
         ] {
             let packed = model.clone().packed(format);
             let plain = packed.unpacked();

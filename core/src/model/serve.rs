@@ -182,9 +182,12 @@ impl Step<'_> {
             rope(None, table, k, c.num_key_value_heads, positions);
             for reading in &self.readings {
                 let own = reading.within(&rows);
+                if own.is_empty() {
+                    continue;
+                }
                 let (keys, values) = &reading.layers[layer];
                 let part = (own.start - rows.start) * kd..(own.end - rows.start) * kd;
-                let pos = reading.pos + own.start.saturating_sub(reading.row);
+                let pos = reading.pos + (own.start - reading.row);
                 // SAFETY: the caller's promise.
                 unsafe {
                     let layout = c.attention_shape().keys();
@@ -262,6 +265,9 @@ impl Step<'_> {
         }
         for reading in &self.readings {
             let part = reading.within(rows);
+            if part.is_empty() {
+                continue;
+            }
             let (from, n) = (part.start - rows.start, part.len());
             let act = &act[from * f..(from + n) * f];
             let y = &mut y[from * d..(from + n) * d];
@@ -301,4 +307,70 @@ fn with_scratch<const N: usize>(lens: [usize; N], body: impl FnOnce([&mut [f32];
     });
     body(parts);
     SCRATCH.replace(buffer);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{write_tiny, WeightFormat};
+    use super::*;
+
+    /// Hidden states of each part of a text, read one after another.
+    fn alone(model: &Model, pool: &Pool, text: &[u32], parts: &[usize]) -> Vec<f32> {
+        let mut sequence = Sequence::new(&model.config, 4);
+        let mut out = Vec::new();
+        let mut at = 0;
+        for len in parts {
+            let new = &text[at..at + len];
+            out.extend(model.step(pool, &mut [(&mut sequence, new)]).unwrap());
+            at += len;
+        }
+        out
+    }
+
+    #[test]
+    fn what_a_sequence_reads_does_not_depend_on_its_company_nor_on_how_it_is_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), 3).unwrap();
+        let plain = Model::load(dir.path()).unwrap();
+        let pool = Pool::new(3, 0);
+        let texts: Vec<Vec<u32>> = [5, 130, 1, 40, 77]
+            .iter()
+            .map(|len| (0..*len).map(|i| 3 + (i * 7 + len) % 50).collect())
+            .collect();
+        // Plain weights go through `gemm`, which sums in another order for another number of rows.
+        for format in [WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4] {
+            let model = plain.clone().packed(format);
+            let want: Vec<Vec<f32>> = texts
+                .iter()
+                .map(|text| alone(&model, &pool, text, &[text.len()]))
+                .collect();
+            let cut = alone(&model, &pool, &texts[1], &[1, 30, 2, 64, 33]);
+            assert_eq!(cut, want[1], "{format:?}");
+            let mut sequences: Vec<Sequence> = texts
+                .iter()
+                .map(|_| Sequence::new(&model.config, 4))
+                .collect();
+            // A first step that leaves each with a past of another length, then all that is left in one batch.
+            let past = [2, 17, 0, 39, 50];
+            for ((sequence, text), past) in sequences.iter_mut().zip(&texts).zip(past) {
+                if past > 0 {
+                    model.step(&pool, &mut [(sequence, &text[..past])]).unwrap();
+                }
+            }
+            let mut batch: Vec<(&mut Sequence, &[u32])> = sequences
+                .iter_mut()
+                .zip(&texts)
+                .zip(past)
+                .map(|((sequence, text), past)| (sequence, &text[past..]))
+                .collect();
+            let got = model.step(&pool, &mut batch).unwrap();
+            let d = model.config.hidden_size;
+            let want: Vec<f32> = want
+                .iter()
+                .zip(past)
+                .flat_map(|(want, past)| want[past * d..].to_vec())
+                .collect();
+            assert_eq!(got, want, "{format:?}");
+        }
+    }
 }
