@@ -156,8 +156,7 @@ pub fn run(
         0 => context.registry.load_base(context.base_dir)?.0,
         version => context.registry.load(version)?.1,
     };
-    let config = &start_model.config;
-    let plan = plan(context, order, config, &data, kept as usize)?;
+    let plan = plan(context, order, &start_model.config, &data, kept as usize)?;
     let train: Vec<train::Sample> = data
         .train
         .iter()
@@ -171,7 +170,7 @@ pub fn run(
     let samples = train.len() as u64;
     let trained = train::fit(
         &pool,
-        &start_model,
+        start_model,
         &train,
         &held_out,
         &data.hash,

@@ -5,26 +5,41 @@
 //! nothing here spawns, and no other pool is touched.
 
 mod attention;
+mod attention_backward;
 mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod bf16_x86;
+mod buffer;
+mod exp;
+#[cfg(target_arch = "x86_64")]
+mod f32_x86;
+mod gate;
 mod matmul;
 mod packed;
 mod pointwise;
 mod pool;
+#[cfg(target_arch = "x86_64")]
+mod product_x86;
 mod quant;
 mod random;
 mod simd;
+mod speed;
+mod vector;
 
-pub use attention::{attention, attention_backward, AttentionGrad, AttentionShape, Span};
+pub use attention::{attention, AttentionShape, Span};
+pub use attention_backward::{attention_backward, AttentionGrad};
 pub use bf16::{matmul_bf16, round_bf16};
+pub use buffer::Buffer;
+pub use exp::{cross_entropy, swiglu_backward, RowLoss};
+pub use gate::{Gate, Hold};
 pub use matmul::{matmul, matmul_nt_small, Mat, MatMut};
 pub use packed::PackedBf16;
 pub use pointwise::{
-    add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward,
-    RopeTable,
+    add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, RopeTable,
 };
-pub use pool::{quiet_thread, Attention, Pool, SharedMut};
+pub use pool::{quiet_thread, Attention, Keeping, Pool, SharedMut};
 pub use quant::{PackedQ4, PackedQ8, QuantPath};
 pub use random::Random;
 pub use simd::{axpy, dot, features, Features};
+pub use speed::f32_limit;
+pub use vector::add;

@@ -151,10 +151,11 @@ impl PackedBf16 {
         match path {
             #[cfg(target_arch = "x86_64")]
             Path::Bf16 => {
-                use super::bf16::x86::{product, Right};
+                use super::bf16_x86::Bf16;
+                use super::product_x86::{product, Right};
                 let (x, y) = (Mat::new(x, t, self.k), MatMut::new(y, t, self.n));
                 // SAFETY: the caller's promise; the shapes fit by the slices above and by the constructor.
-                unsafe { product(pool, x, Right::Packed(self.words()), 1.0, false, y) }
+                unsafe { product::<Bf16>(pool, x, Right::Packed(self.words()), 1.0, false, y) }
             }
             // SAFETY: the caller's promise.
             _ if t <= FEW_ROWS => unsafe { self.few_rows(path, pool, x, t, y) },

@@ -164,17 +164,30 @@ impl Model {
     ) {
         match self.packed.get(&id) {
             Some(packed) => packed.product(pool, x, t, y),
-            None => match self.compute {
-                Compute::F32 => product(pool, x, self.param(id), t, width, out, y),
-                Compute::Bf16 => matmul_bf16(
-                    Some(pool),
-                    Mat::new(x, t, width),
-                    Mat::new(self.param(id), out, width).t(),
-                    1.0,
-                    false,
-                    MatMut::new(y, t, out),
-                ),
-            },
+            None => self.multiply_by(pool, x, self.param(id), t, (width, out), y),
+        }
+    }
+
+    /// The same for a matrix w (out, width) that is given.
+    pub(super) fn multiply_by(
+        &self,
+        pool: &Pool,
+        x: &[f32],
+        w: &[f32],
+        t: usize,
+        (width, out): (usize, usize),
+        y: &mut [f32],
+    ) {
+        match self.compute {
+            Compute::F32 => product(pool, x, w, t, width, out, y),
+            Compute::Bf16 => matmul_bf16(
+                Some(pool),
+                Mat::new(x, t, width),
+                Mat::new(w, out, width).t(),
+                1.0,
+                false,
+                MatMut::new(y, t, out),
+            ),
         }
     }
 
