@@ -166,7 +166,7 @@ pub fn run(
         .iter()
         .map(|&i| as_train(&data.samples[i]))
         .collect();
-    let pool = Pool::new(context.threads, TRAIN_NICE);
+    let pool = Pool::gated(context.threads, TRAIN_NICE, context.engine.gate());
     let samples = train.len() as u64;
     let trained = train::fit(
         &pool,
