@@ -164,6 +164,7 @@
 ---@field patience? number
 ---@field seed? number
 ---@field compute? string bf16 or f32: the numbers of products in training
+---@field memory_mib? number memory a training may take; with less, more is computed twice
 
 ---How the student sees an episode.
 ---@class locum.View

@@ -34,5 +34,7 @@ pub const MAX_IMPORT_BYTES: u64 = 1 << 30;
 pub const MAX_TOOL_SPEC_BYTES: usize = 256 << 10;
 /// Tool calls in one reply.
 pub const MAX_CALLS: usize = 16;
+/// Bytes that a training may take where nobody says, as estimated before it begins; the process itself comes on top.
+pub const DEFAULT_TRAIN_BYTES: u64 = 6 << 30;
 /// Largest model file or folder that is imported as a base, in bytes.
 pub const MAX_MODEL_BYTES: u64 = 16 << 30;

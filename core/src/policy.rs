@@ -399,6 +399,8 @@ pub struct RecipeKnobs {
     /// `bf16` or `f32`: in which numbers products are computed; weights and moments are `f32` all the same. Absent: `bf16` where the
     /// processor is faster at it.
     pub compute: Option<String>,
+    /// Memory that a training may take, in MiB; with less, more is computed twice (see `train`).
+    pub memory_mib: Option<usize>,
 }
 
 /// Argument of `gate`.

@@ -297,6 +297,11 @@ pub const RECORDS: &[Record] = &[
                 "string?",
                 "bf16 or f32: the numbers of products in training",
             ),
+            (
+                "memory_mib",
+                "number?",
+                "memory a training may take; with less, more is computed twice",
+            ),
         ],
     },
     Record {

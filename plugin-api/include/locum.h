@@ -475,6 +475,7 @@ LOCUM_API int32_t locum_policy_load(locum handle, const char *source, size_t sou
  *     {"method":"upper|lora|full", "tokens":N, "max_seconds":S, "epochs":E, "lr":.., "rank":.., "alpha":..,
  *      "upper_layers":.., "batch_tokens":.., "warmup_steps":.., "weight_decay":.., "patience":.., "seed":..,
  *      "compute":"bf16|f32",          numbers of the products; bf16 by itself where the processor is faster at it
+ *      "memory_mib":..,               memory the training may take; with less, more is computed twice
  *      "unfiltered":false,            true trains on everything, for comparison
  *      "continue_student":false,      true starts from the promoted student instead of the base
  *      "promote":"auto|never"}        never: the student is stored, and no gate and no trial follows

@@ -187,7 +187,7 @@ fn loss_and_gradients(
         (&at, &ids[30..], &weights),
         Some((1.0 / n as f32, &mut dx, &mut grads)),
     );
-    model.blocks_backward(&pool, &rows, lora, &tape, &mut dx, &mut grads);
+    model.blocks_backward(&pool, &rows, lora, &mut tape, &mut dx, &mut grads);
     model.embed_backward(&packed, &dx, &mut grads);
     (loss.loss / loss.weight, grads)
 }
@@ -336,7 +336,7 @@ fn ten_steps_of_training_follow_pytorchs_loss_curve() {
         let mut losses = Vec::new();
         let result = train::fit(
             &pool,
-            &model,
+            model.clone(),
             &one_sample(&ids),
             &[],
             "x",
@@ -390,7 +390,7 @@ fn a_training_that_was_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_
         let run = |dir: Option<&Path>, stop_at: u64| {
             train::fit(
                 &pool,
-                &model,
+                model.clone(),
                 &samples[..10],
                 &samples[10..],
                 "hash",
@@ -455,7 +455,7 @@ fn a_training_that_was_killed_goes_back_to_the_best_weights_it_had_seen_before()
         let run = |dir: Option<&Path>, stop_at: u64| {
             train::fit(
                 &pool,
-                &model,
+                model.clone(),
                 &samples[..4],
                 &samples[9..],
                 "hash",
@@ -522,7 +522,7 @@ fn upper_layers_training_moves_what_it_names_and_nothing_else_and_learns() {
     };
     let trained = train::fit(
         &pool,
-        &model,
+        model.clone(),
         &one_sample(&ids),
         &[],
         "h",

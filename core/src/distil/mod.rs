@@ -156,8 +156,7 @@ pub fn run(
         0 => context.registry.load_base(context.base_dir)?.0,
         version => context.registry.load(version)?.1,
     };
-    let config = &start_model.config;
-    let plan = plan(context, order, config, &data, kept as usize)?;
+    let plan = plan(context, order, &start_model.config, &data, kept as usize)?;
     let train: Vec<train::Sample> = data
         .train
         .iter()
@@ -167,11 +166,11 @@ pub fn run(
         .iter()
         .map(|&i| as_train(&data.samples[i]))
         .collect();
-    let pool = Pool::new(context.threads, TRAIN_NICE);
+    let pool = Pool::gated(context.threads, TRAIN_NICE, context.engine.gate());
     let samples = train.len() as u64;
     let trained = train::fit(
         &pool,
-        &start_model,
+        start_model,
         &train,
         &held_out,
         &data.hash,

@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::chat::{Chat, Grammar};
+use crate::kernels::{Gate, Hold};
 use crate::model::Model;
 use crate::store::spawn_quiet;
 use crate::view::View;
@@ -172,6 +173,8 @@ pub struct Engine {
 }
 
 struct Shared {
+    /// Held closed by every job in the foreground.
+    gate: Arc<Gate>,
     inbox: Mutex<Inbox>,
     wake: Condvar,
     counters: Mutex<EngineCounters>,
@@ -180,7 +183,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Inbox {
-    jobs: Vec<(Job, Ticket)>,
+    jobs: Vec<(Job, Ticket, Option<Hold>)>,
     keep_only: Option<Vec<u64>>,
     stop: bool,
 }
@@ -196,6 +199,7 @@ impl Engine {
         on_done: Box<dyn Fn(u64) + Send + Sync>,
     ) -> Result<Engine, EngineError> {
         let shared = Arc::new(Shared {
+            gate: Arc::default(),
             inbox: Mutex::default(),
             wake: Condvar::new(),
             counters: Mutex::default(),
@@ -221,10 +225,24 @@ impl Engine {
             progress: Mutex::default(),
             done: Condvar::new(),
         }));
-        locked(&self.shared.inbox).jobs.push((job, ticket.clone()));
+        let hold = (!job.background).then(|| self.shared.gate.hold());
+        {
+            let mut inbox = locked(&self.shared.inbox);
+            if inbox.stop {
+                // The engine's thread is gone.
+                ticket.end(Err(GenerateError::Closed));
+                return ticket;
+            }
+            inbox.jobs.push((job, ticket.clone(), hold));
+        }
         locked(&self.shared.counters).waiting += 1;
         self.shared.wake.notify_one();
         ticket
+    }
+
+    /// Closed while there are jobs in the foreground: for background work, which shall leave them the cores.
+    pub fn gate(&self) -> Arc<Gate> {
+        self.shared.gate.clone()
     }
 
     /// The counters as of the last step.

@@ -461,3 +461,31 @@ fn closing_the_engine_ends_what_is_running() {
     drop(engine);
     assert_eq!(running.outcome(), Some(Err(GenerateError::Closed)));
 }
+
+#[test]
+fn the_gate_is_closed_while_a_job_is_in_the_foreground_and_open_afterwards_however_it_ended() {
+    let (student, engine) = (student(1), engine());
+    let gate = engine.gate();
+    for prompt in prompts().into_iter().take(3) {
+        let ticket = engine.submit(job(&student, &prompt));
+        assert!(gate.is_closed() || ticket.outcome().is_some());
+        outcome(&ticket).unwrap();
+        gate.pass();
+        let background = Job {
+            background: true,
+            ..job(&student, &prompt)
+        };
+        let ticket = engine.submit(background);
+        gate.pass();
+        outcome(&ticket).unwrap();
+    }
+    // A long one that the engine leaves behind.
+    let endless = Job {
+        max_tokens: 4000,
+        ..job(&student, &prompts()[0])
+    };
+    engine.submit(endless);
+    drop(engine);
+    gate.pass();
+    assert!(!gate.is_closed());
+}

@@ -11,7 +11,7 @@ use super::{
     locked, EngineCounters, EngineOptions, Finish, GenerateError, Generated, Job, Shared, Ticket,
 };
 use crate::chat::Grammar;
-use crate::kernels::{Pool, Random};
+use crate::kernels::{Hold, Pool, Random};
 use crate::limits::{MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS};
 use crate::model::Sequence;
 
@@ -24,6 +24,7 @@ pub(super) fn run(
     options: EngineOptions,
     on_done: Box<dyn Fn(u64) + Send + Sync>,
 ) {
+    let _end = End(&shared);
     let pool = Pool::new(options.threads, 0);
     let mut worker = Worker {
         pool,
@@ -58,7 +59,7 @@ pub(super) fn run(
         };
         worker.active.extend(
             jobs.into_iter()
-                .map(|(job, ticket)| Active::new(job, ticket)),
+                .map(|(job, ticket, hold)| Active::new(job, ticket, hold)),
         );
         if stop {
             worker.end_all(&GenerateError::Closed);
@@ -80,8 +81,23 @@ pub(super) fn run(
     }
 }
 
+/// However the thread ends, nobody waits for it any more: neither for a reply nor before the gate.
+struct End<'a>(&'a Shared);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let mut inbox = locked(&self.0.inbox);
+        inbox.stop = true;
+        for (_, ticket, _) in inbox.jobs.drain(..) {
+            ticket.end(Err(GenerateError::Closed));
+        }
+    }
+}
+
 /// A job in the engine.
 struct Active {
+    /// Keeps background work away while the job is here, unless it is in the background itself.
+    hold: Option<Hold>,
     job: Job,
     ticket: Ticket,
     /// Absent until the model has something to read.
@@ -115,10 +131,11 @@ struct Kept {
 type Ended = Result<Finish, GenerateError>;
 
 impl Active {
-    fn new(mut job: Job, ticket: Ticket) -> Self {
+    fn new(mut job: Job, ticket: Ticket, hold: Option<Hold>) -> Self {
         let tokens = std::mem::take(&mut job.prompt_ids);
         let random = Random::new(job.seed);
         Active {
+            hold,
             prompt_len: tokens.len(),
             tokens,
             max_tokens: 0,
@@ -554,6 +571,7 @@ impl Worker {
                 .put(&active.job.student, active.job.key, sequence);
         }
         active.ticket.end(outcome);
+        active.hold = None;
         if active.job.background {
             return;
         }

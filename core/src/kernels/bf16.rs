@@ -1,10 +1,11 @@
 //! Matrix products on numbers rounded to bf16 and summed in `f32`: up to twice the speed of [`matmul`] where VDPBF16PS runs at full rate.
-//!
-//! The left operand is packed once into a buffer that all threads read. Each part then takes a range of columns, packs a few panels of
-//! them at a time into a buffer that fits its second-level cache, and multiplies them by one left panel after the other.
 
+#[cfg(target_arch = "x86_64")]
+use super::bf16_x86::Bf16;
 use super::matmul::{matmul, Mat, MatMut};
 use super::pool::Pool;
+#[cfg(target_arch = "x86_64")]
+use super::product_x86::{product, Right};
 
 /// `x` rounded to the nearest bf16, ties to even. NaN stays NaN; what rounds beyond the largest bf16 becomes infinite.
 pub fn round_bf16(x: f32) -> f32 {
@@ -64,7 +65,7 @@ pub fn matmul_bf16(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: 
     #[cfg(target_arch = "x86_64")]
     if super::simd::features().avx512_bf16_full_rate && worth_packing(&a, &b) {
         // SAFETY: the feature was detected, and the shapes fit.
-        return unsafe { x86::product(pool, a, x86::Right::Strided(b), scale, accumulate, out) };
+        return unsafe { product::<Bf16>(pool, a, Right::Strided(b), scale, accumulate, out) };
     }
     matmul(pool, a, b, scale, accumulate, out)
 }
@@ -75,205 +76,6 @@ pub fn matmul_bf16(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: 
 fn worth_packing(a: &Mat, b: &Mat) -> bool {
     let rows_from = if b.col_stride == 1 { 24 } else { 8 };
     a.rows >= rows_from && b.cols >= 16 && a.cols >= 64
-}
-
-#[cfg(target_arch = "x86_64")]
-pub(super) mod x86 {
-    use super::super::bf16_x86::{pack, Packing, Tile, MR, MULTIPLY, NR};
-    use super::super::matmul::{Mat, MatMut};
-    use super::super::pool::{Pool, SharedMut};
-    use super::Line;
-    use std::cell::RefCell;
-
-    /// Longest piece of k in one pass: a left panel of this length takes 18 KiB of a first-level cache.
-    const KC: usize = 640;
-    /// Right panels that are packed together: 320 KiB of a second-level cache, and 1 KiB of each row where rows are contiguous.
-    const STRIPES: usize = 8;
-    /// Rows from which a part may have rows of its own, which means that its columns are packed again by others.
-    const ROWS_MANY: usize = 4096;
-    /// The same where there are too few columns for all threads.
-    const ROWS_FEW: usize = 8 * MR;
-    /// Parts a thread, so that one which the host has taken away does not hold up the others for long.
-    const PARTS_PER_THREAD: usize = 4;
-    /// Below this many multiplications a second thread costs more than it brings.
-    const THREADS_FROM: usize = 1 << 17;
-    /// Fewest and most row panels that one part of the packing takes: where rows are the contiguous axis, neighbouring panels share
-    /// cache lines and pages of the source, but each adds a place to write to.
-    const PANELS_PER_PART: (usize, usize) = (3, 32);
-
-    thread_local! {
-        static LEFT: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-        static PANEL: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
-    }
-
-    /// The buffer's first `words` words; what they hold is left over from earlier use.
-    fn at_least(buffer: &mut Vec<Line>, words: usize) -> &mut [u32] {
-        let lines = words.div_ceil(16);
-        if buffer.len() < lines {
-            buffer.resize(lines, Line::ZERO);
-        }
-        &mut Line::words_mut(buffer)[..words]
-    }
-
-    /// The right operand.
-    pub(in super::super) enum Right<'a> {
-        /// Packed panel by panel when it is needed.
-        Strided(Mat<'a>),
-        /// Panels of `NR` columns and all of k: `[n / 32][k / 2][32]` pairs.
-        Packed(&'a [u32]),
-    }
-
-    /// [`super::matmul_bf16`] without its choice.
-    ///
-    /// # Safety
-    /// The processor has AVX512F, AVX512BW and AVX512_BF16; the shapes fit, a packed operand's too.
-    pub(in super::super) unsafe fn product(
-        pool: Option<&Pool>,
-        a: Mat,
-        b: Right,
-        scale: f32,
-        accumulate: bool,
-        out: MatMut,
-    ) {
-        let (m, k, n) = (a.rows, a.cols, out.cols);
-        if m == 0 || n == 0 || k == 0 {
-            if !accumulate && n > 0 {
-                let rows = out.data.chunks_mut(out.stride).take(m);
-                rows.for_each(|row| row[..n].fill(0.0));
-            }
-            return;
-        }
-        // Panels of equal height waste fewer rows than full ones and a rest: 48 rows are 4 x 12, not 3 x 14 + 6.
-        let height = m.div_ceil(m.div_ceil(MR));
-        let panels = m.div_ceil(height);
-        // One row panel reads each right panel once, so there is no cache to keep it in, and a packed one is best read straight on.
-        let blocks = match b {
-            Right::Packed(_) if panels == 1 => 1,
-            _ => k.div_ceil(KC),
-        };
-        let block = k.div_ceil(blocks).next_multiple_of(2);
-        let threads = match pool {
-            Some(pool) if m * n * k >= THREADS_FROM => pool.threads(),
-            _ => 1,
-        };
-        let parts = match threads {
-            1 => 1,
-            _ => PARTS_PER_THREAD * threads,
-        };
-        let each = |parts: usize, run: &(dyn Fn(usize) + Sync)| match pool {
-            Some(pool) if threads > 1 && parts > 1 => pool.run(parts, run),
-            _ => (0..parts).for_each(run),
-        };
-        LEFT.with_borrow_mut(|left| {
-            let words = panels * height * k.div_ceil(2);
-            let left = SharedMut::new(at_least(left, words));
-            // The left operand, block by block along k; in each block panel after panel of [pairs][height].
-            let left_panel = |k0: usize, pairs: usize, panel: usize| {
-                left.as_ptr()
-                    .wrapping_add(k0 / 2 * panels * height + panel * pairs * height)
-            };
-            let at_once = panels.div_ceil(parts);
-            let at_once = at_once.clamp(PANELS_PER_PART.0, PANELS_PER_PART.1);
-            let pack_rows = |part: usize| {
-                let panel = part * at_once;
-                let row = panel * height;
-                for k0 in (0..k).step_by(block) {
-                    let len = block.min(k - k0);
-                    // SAFETY: the matrix lies inside its buffer as its constructor checked; this part's panels are its own, and
-                    // inside the buffer; the features are the caller's promise.
-                    unsafe {
-                        pack(&Packing {
-                            src: a.data.as_ptr().add(row * a.row_stride + k0 * a.col_stride),
-                            lane_stride: a.row_stride,
-                            k_stride: a.col_stride,
-                            lanes: (at_once * height).min(m - row),
-                            k: len,
-                            dst: left_panel(k0, len.div_ceil(2), panel),
-                            width: height,
-                        })
-                    }
-                }
-            };
-            each(panels.div_ceil(at_once), &pack_rows);
-
-            let stripes = n.div_ceil(NR);
-            let many_rows = parts.min(m / ROWS_MANY).max(1);
-            let stripes_a_part = stripes.div_ceil(parts.div_ceil(many_rows));
-            let col_parts = stripes.div_ceil(stripes_a_part);
-            let row_parts = (parts / 2)
-                .div_ceil(col_parts)
-                .min(m.div_ceil(ROWS_FEW))
-                .max(many_rows);
-            let panels_a_part = panels.div_ceil(row_parts);
-            let row_parts = panels.div_ceil(panels_a_part);
-            let multiply = MULTIPLY[height - 1];
-            let stride = out.stride;
-            let out = SharedMut::new(out.data);
-            let multiply_part = |part: usize| {
-                let (row_part, col_part) = (part / col_parts, part % col_parts);
-                let first_panel = row_part * panels_a_part;
-                let my_panels = first_panel..(first_panel + panels_a_part).min(panels);
-                let first_stripe = col_part * stripes_a_part;
-                let end_stripe = (first_stripe + stripes_a_part).min(stripes);
-                PANEL.with_borrow_mut(|buffer| {
-                    for k0 in (0..k).step_by(block) {
-                        let len = block.min(k - k0);
-                        let pairs = len.div_ceil(2);
-                        for stripe0 in (first_stripe..end_stripe).step_by(STRIPES) {
-                            let some = STRIPES.min(end_stripe - stripe0);
-                            let col0 = stripe0 * NR;
-                            // The panels of these stripes, `right_step` words apart.
-                            let (right, right_step) = match &b {
-                                Right::Packed(words) => {
-                                    let step = k.div_ceil(2) * NR;
-                                    (words[stripe0 * step + k0 / 2 * NR..].as_ptr(), step)
-                                }
-                                Right::Strided(b) => {
-                                    let dst = at_least(buffer, some * pairs * NR).as_mut_ptr();
-                                    // SAFETY: as for the rows; the buffer is this thread's and has room for the panels.
-                                    unsafe {
-                                        pack(&Packing {
-                                            src: b
-                                                .data
-                                                .as_ptr()
-                                                .add(k0 * b.row_stride + col0 * b.col_stride),
-                                            lane_stride: b.col_stride,
-                                            k_stride: b.row_stride,
-                                            lanes: (some * NR).min(n - col0),
-                                            k: len,
-                                            dst,
-                                            width: NR,
-                                        })
-                                    }
-                                    (dst.cast_const(), pairs * NR)
-                                }
-                            };
-                            for panel in my_panels.clone() {
-                                let row = panel * height;
-                                for stripe in 0..some {
-                                    let col = col0 + stripe * NR;
-                                    let tile = Tile {
-                                        out: out.as_ptr().wrapping_add(row * stride + col),
-                                        stride,
-                                        rows: height.min(m - row),
-                                        cols: NR.min(n - col),
-                                        scale,
-                                        accumulate: accumulate || k0 > 0,
-                                    };
-                                    let left = left_panel(k0, pairs, panel);
-                                    let right = right.wrapping_add(stripe * right_step);
-                                    // SAFETY: both panels hold `pairs` pairs; parts write to tiles of their own, inside `out` as
-                                    // its constructor checked; the features are the caller's promise.
-                                    unsafe { multiply(pairs, left, right, &tile) }
-                                }
-                            }
-                        }
-                    }
-                })
-            };
-            each(row_parts * col_parts, &multiply_part);
-        })
-    }
 }
 
 #[cfg(test)]
@@ -313,7 +115,6 @@ pub(super) mod tests {
     #[cfg(target_arch = "x86_64")]
     mod x86 {
         use super::super::super::simd;
-        use super::super::x86::{product, Right};
         use super::*;
 
         /// `(Σ a b, Σ |a b|)` of one element, on rounded numbers.
@@ -334,7 +135,7 @@ pub(super) mod tests {
             for (scale, accumulate, total) in [(1.0, false, 1.0), (-2.5, true, -1.5)] {
                 let out = MatMut::strided(&mut got, m, n, stride);
                 // SAFETY: the caller has seen the feature; the shapes fit.
-                unsafe { product(pool, a, Right::Strided(b), scale, accumulate, out) };
+                unsafe { product::<Bf16>(pool, a, Right::Strided(b), scale, accumulate, out) };
                 for r in 0..m {
                     for c in 0..n {
                         let (sum, size) = slow(&a, &b, r, c);
@@ -414,17 +215,17 @@ pub(super) mod tests {
             let empty = || Right::Strided(Mat::new(&[], 0, 4));
             let a = Mat::new(&[], 3, 0);
             // SAFETY: the feature was seen above; the shapes fit.
-            unsafe { product(None, a, empty(), 1.0, true, MatMut::new(&mut out, 3, 4)) };
+            unsafe { product::<Bf16>(None, a, empty(), 1.0, true, MatMut::new(&mut out, 3, 4)) };
             assert!(out.iter().all(|x| *x == 5.0));
             // SAFETY: as above.
-            unsafe { product(None, a, empty(), 1.0, false, MatMut::new(&mut out, 3, 4)) };
+            unsafe { product::<Bf16>(None, a, empty(), 1.0, false, MatMut::new(&mut out, 3, 4)) };
             assert!(out.iter().all(|x| *x == 0.0));
 
             let (mut x, y) = (numbers(3 * 40, 1), numbers(40 * 4, 2));
             x[41] = f32::from_bits(0x7f80_0001);
             let (a, b) = (Mat::new(&x, 3, 40), Right::Strided(Mat::new(&y, 40, 4)));
             // SAFETY: as above.
-            unsafe { product(None, a, b, 1.0, false, MatMut::new(&mut out, 3, 4)) };
+            unsafe { product::<Bf16>(None, a, b, 1.0, false, MatMut::new(&mut out, 3, 4)) };
             let nan: Vec<bool> = out.iter().map(|x| x.is_nan()).collect();
             assert_eq!(nan, [[false; 4], [true; 4], [false; 4]].concat());
         }

@@ -6,57 +6,22 @@
 
 use std::arch::x86_64::*;
 
-/// Rows in the tallest tile: 14 rows of two registers are 28 accumulators, which leaves room for two loads and a broadcast.
-pub(super) const MR: usize = 14;
-/// Columns in a tile and in a packed panel: two registers of 16 sums.
-pub(super) const NR: usize = 32;
+use super::product_x86::{
+    low_bits, transpose, write_tile, Multiply, MultiplyRows, Numbers, Packing, Tile, MR, NR,
+};
 
-/// Where the numbers to pack stand, and where the pairs go.
-///
-/// Lane `l`, index `i` is read at `src + l * lane_stride + i * k_stride`, one of the strides being 1. Panels of `width` lanes are written
-/// one after the other to `dst`, each as `[pairs][width]`; the last is filled up with zero lanes, an odd `k` with a zero.
-pub(super) struct Packing {
-    pub src: *const f32,
-    pub lane_stride: usize,
-    pub k_stride: usize,
-    pub lanes: usize,
-    pub k: usize,
-    pub dst: *mut u32,
-    /// At most 16, or [`NR`].
-    pub width: usize,
-}
+/// Two bf16 a word.
+pub(super) struct Bf16;
 
-impl Packing {
-    /// Lanes that are handled together: a register full of pairs, or a narrower panel.
-    fn group(&self) -> usize {
-        self.width.min(16)
-    }
+impl Numbers for Bf16 {
+    const PER_WORD: usize = 2;
+    const MULTIPLY: [Multiply; MR] = MULTIPLY;
+    /// They are rounded first.
+    const MULTIPLY_ROWS: Option<[MultiplyRows; MR]> = None;
 
-    /// Groups in all panels, those of nothing but filling too.
-    fn groups(&self) -> usize {
-        self.lanes.div_ceil(self.width) * (self.width / self.group())
-    }
-
-    /// Lanes of a group that are not filling.
-    fn lanes_of(&self, group: usize) -> usize {
-        self.group()
-            .min(self.lanes.saturating_sub(group * self.group()))
-    }
-
-    /// Where the first pairs of a group go.
-    fn dst_of(&self, group: usize) -> *mut u32 {
-        let lane = group * self.group();
-        let (panel, within) = (lane / self.width, lane % self.width);
-        self.dst
-            .wrapping_add(panel * self.k.div_ceil(2) * self.width + within)
-    }
-}
-
-fn low_bits(n: usize) -> __mmask16 {
-    if n >= 16 {
-        !0
-    } else {
-        (1u16 << n) - 1
+    unsafe fn pack(job: &Packing) {
+        // SAFETY: the caller's promises, handed on.
+        unsafe { pack(job) }
     }
 }
 
@@ -65,7 +30,7 @@ fn low_bits(n: usize) -> __mmask16 {
 /// # Safety
 /// The processor has AVX512F, AVX512BW and AVX512_BF16; every address that [`Packing`] describes can be read or written.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(super) unsafe fn pack(job: &Packing) {
+unsafe fn pack(job: &Packing) {
     assert!(job.width <= 16 || job.width == NR);
     assert!(job.lane_stride == 1 || job.k_stride == 1);
     // SAFETY: the caller's promises, handed on.
@@ -81,7 +46,7 @@ pub(super) unsafe fn pack(job: &Packing) {
 /// Numbers contiguous along k: 16 lanes by 32 numbers become 16 by 16 pairs, which are then transposed.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn pack_along(job: &Packing) {
-    let pairs = job.k.div_ceil(2);
+    let pairs = job.words();
     let store = low_bits(job.group());
     for g in 0..job.groups() {
         let lane = g * job.group();
@@ -150,34 +115,6 @@ unsafe fn pack_across(job: &Packing) {
 /// Rows far apart defeat the hardware's prefetcher, which stays within a page.
 const PREFETCH_ROWS: usize = 16;
 
-/// Transposes 16 x 16 words in place.
-#[target_feature(enable = "avx512f")]
-fn transpose(r: &mut [__m512i; 16]) {
-    let mut t = *r;
-    for i in 0..8 {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for i in 0..4 {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    // Now r[4 q + c] holds, in its four 128-bit parts s, column 4 s + c of rows 4 q .. 4 q + 4: parts and q change places.
-    for c in 0..4 {
-        let low01 = _mm512_shuffle_i32x4::<0x88>(r[c], r[4 + c]);
-        let high01 = _mm512_shuffle_i32x4::<0xdd>(r[c], r[4 + c]);
-        let low23 = _mm512_shuffle_i32x4::<0x88>(r[8 + c], r[12 + c]);
-        let high23 = _mm512_shuffle_i32x4::<0xdd>(r[8 + c], r[12 + c]);
-        t[c] = _mm512_shuffle_i32x4::<0x88>(low01, low23);
-        t[8 + c] = _mm512_shuffle_i32x4::<0xdd>(low01, low23);
-        t[4 + c] = _mm512_shuffle_i32x4::<0x88>(high01, high23);
-        t[12 + c] = _mm512_shuffle_i32x4::<0xdd>(high01, high23);
-    }
-    *r = t;
-}
-
 fn bits(x: __m512bh) -> __m512i {
     // SAFETY: both types are 64 bytes of plain numbers.
     unsafe { std::mem::transmute(x) }
@@ -188,21 +125,8 @@ fn pairs(x: __m512i) -> __m512bh {
     unsafe { std::mem::transmute(x) }
 }
 
-/// A tile of the result: where it stands, and how much of it lies inside the matrix.
-pub(super) struct Tile {
-    pub out: *mut f32,
-    pub stride: usize,
-    pub rows: usize,
-    pub cols: usize,
-    pub scale: f32,
-    pub accumulate: bool,
-}
-
-/// Multiplies `pairs` pairs of a packed left panel by those of a packed right panel.
-pub(super) type Multiply = unsafe fn(pairs: usize, a: *const u32, b: *const u32, tile: &Tile);
-
 /// `MULTIPLY[r - 1]` is for left panels of `r` lanes.
-pub(super) const MULTIPLY: [Multiply; MR] = [
+const MULTIPLY: [Multiply; MR] = [
     multiply::<1>,
     multiply::<2>,
     multiply::<3>,
@@ -247,22 +171,6 @@ unsafe fn multiply<const R: usize>(n_pairs: usize, a: *const u32, b: *const u32,
             }
         }
     }
-    let scale = _mm512_set1_ps(tile.scale);
-    let masks = [low_bits(tile.cols), low_bits(tile.cols.saturating_sub(16))];
-    for (r, sums) in sums.iter().enumerate() {
-        if r < tile.rows {
-            for (half, mask) in masks.into_iter().enumerate() {
-                // SAFETY: r < rows, and the mask stays within the columns that the caller gave us.
-                unsafe {
-                    let at = tile.out.add(r * tile.stride).wrapping_add(16 * half);
-                    let sum = if tile.accumulate {
-                        _mm512_fmadd_ps(sums[half], scale, _mm512_maskz_loadu_ps(mask, at))
-                    } else {
-                        _mm512_mul_ps(sums[half], scale)
-                    };
-                    _mm512_mask_storeu_ps(at, mask, sum);
-                }
-            }
-        }
-    }
+    // SAFETY: the caller's tile.
+    unsafe { write_tile(&sums, tile) }
 }

@@ -172,41 +172,6 @@ pub(super) fn on_each_kind_of_lanes(mut body: impl FnMut()) {
     }
 }
 
-/// `ln Σ exp(x)` of finite numbers, and minus infinity of none; numbers far below the largest count as nothing.
-pub fn log_sum_exp(x: &[f32]) -> f64 {
-    on_lanes(LogSumExp(x))
-}
-
-struct LogSumExp<'a>(&'a [f32]);
-
-impl OnLanes for LogSumExp<'_> {
-    type Out = f64;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self) -> f64 {
-        let (whole, rest) = self.0.as_chunks::<LANES>();
-        let mut top = L::splat(f32::NEG_INFINITY);
-        for line in whole {
-            // SAFETY: a chunk has sixteen numbers.
-            top = unsafe { L::load(line.as_ptr()) }.max(top);
-        }
-        let max = rest.iter().copied().fold(top.largest(), f32::max);
-        let largest = L::splat(max);
-        let mut total = 0.0;
-        // A thousand numbers at a time, so that a long row's sum does not lose its small ones to rounding.
-        for part in whole.chunks(64) {
-            let mut sum = L::splat(0.0);
-            for line in part {
-                // SAFETY: as above.
-                sum = sum.add(unsafe { L::load(line.as_ptr()) }.sub(largest).exp());
-            }
-            total += f64::from(sum.sum());
-        }
-        total += rest.iter().map(|x| f64::from(x - max).exp()).sum::<f64>();
-        f64::from(max) + total.ln()
-    }
-}
-
 /// What every processor has. Without a fused multiplication, which would be a function call here.
 #[derive(Clone, Copy)]
 pub(super) struct Plain([f32; LANES]);
@@ -662,20 +627,5 @@ mod tests {
         for other in &all[1..] {
             assert_eq!(all[0], *other);
         }
-    }
-
-    #[test]
-    fn the_logarithm_of_a_sum_of_exponentials_agrees_with_the_slow_one() {
-        for n in [1, 15, 16, 17, 5_000] {
-            let x: Vec<f32> = (0..n)
-                .map(|i| (i * 7919 % 1009) as f32 / 40.0 - 30.0)
-                .collect();
-            let want = x.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln();
-            on_each_kind_of_lanes(|| {
-                let got = log_sum_exp(&x);
-                assert!((got - want).abs() < 1e-6, "{n}: {got}, not {want}");
-            });
-        }
-        assert_eq!(log_sum_exp(&[]), f64::NEG_INFINITY);
     }
 }

@@ -1,6 +1,11 @@
-//! Matrix products: `gemm` (AVX-512 where there is) for many rows, dot products for few, both split over the pool.
+//! Matrix products: blocks in AVX-512 where there is that, the `gemm` crate elsewhere and for what is small, dot products for few
+//! rows, all split over the pool.
 
+#[cfg(target_arch = "x86_64")]
+use super::f32_x86::F32;
 use super::pool::{Pool, SharedMut};
+#[cfg(target_arch = "x86_64")]
+use super::product_x86::{product, Right};
 use super::simd;
 
 /// A strided matrix to read: element (r, c) stands at `data[r * row_stride + c * col_stride]`.
@@ -113,6 +118,11 @@ pub fn matmul(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: bool,
         }
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if simd::features().avx512 && worth_packing(&a, &b) {
+        // SAFETY: the feature was detected, and the shapes fit.
+        return unsafe { product::<F32>(pool, a, Right::Strided(b), scale, accumulate, out) };
+    }
     let by_rows = m >= n;
     let threads = match pool {
         // Below this a second thread costs more than it brings.
@@ -161,6 +171,13 @@ pub fn matmul(pool: Option<&Pool>, a: Mat, b: Mat, scale: f32, accumulate: bool,
         Some(pool) if parts > 1 => pool.run(parts, run),
         _ => (0..parts).for_each(run),
     }
+}
+
+/// Few rows or columns do not pay for packing the other operand.
+#[cfg(target_arch = "x86_64")]
+fn worth_packing(a: &Mat, b: &Mat) -> bool {
+    let unit = |m: &Mat| m.row_stride == 1 || m.col_stride == 1;
+    a.rows >= 16 && b.cols >= 16 && a.cols >= 16 && unit(a) && unit(b)
 }
 
 /// `out = x wᵀ` for a few rows: x (m, k), w (n, k), out (m, n), all dense. One pass over `w`, so it runs at the speed of memory.

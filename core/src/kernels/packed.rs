@@ -154,10 +154,11 @@ impl PackedBf16 {
             #[cfg(target_arch = "x86_64")]
             Path::Bf16 => {
                 for (w, y) in weights.iter().zip(ys) {
-                    use super::bf16::x86::{product, Right};
+                    use super::bf16_x86::Bf16;
+                    use super::product_x86::{product, Right};
                     let (x, y) = (Mat::new(x, t, w.k), MatMut::new(y, t, w.n));
                     // SAFETY: the caller's promise; the shapes fit by the constructors.
-                    unsafe { product(pool, x, Right::Packed(w.words()), 1.0, false, y) }
+                    unsafe { product::<Bf16>(pool, x, Right::Packed(w.words()), 1.0, false, y) }
                 }
             }
             _ => Self::widened(weights, pool, x, t, ys),

@@ -6,6 +6,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::buffer::{Buffer, Shelf};
+use super::gate::Gate;
+
 /// A set of worker threads that run one loop at a time on behalf of the thread that owns the pool.
 ///
 /// The owner works too, so `Pool::new(1)` starts no thread. Workers sleep on a condition variable when there is no work. Waking
@@ -16,9 +19,11 @@ pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     threads: usize,
+    shelf: Arc<Shelf>,
 }
 
 struct Shared {
+    gate: Option<Arc<Gate>>,
     state: Mutex<State>,
     work: Condvar,
     done: Condvar,
@@ -34,6 +39,12 @@ struct Shared {
 const LOOK: Duration = Duration::from_micros(60);
 
 impl Shared {
+    fn pass_gate(&self) {
+        if let Some(gate) = &self.gate {
+            gate.pass();
+        }
+    }
+
     /// Looks until `done`, at most for [`LOOK`], and not at all outside a declared stretch.
     fn look(&self, done: impl Fn() -> bool) {
         if self.attention.load(Ordering::Relaxed) == 0 {
@@ -55,6 +66,15 @@ pub struct Attention<'a>(&'a Shared);
 impl Drop for Attention<'_> {
     fn drop(&mut self) {
         self.0.attention.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// See [`Pool::keeping`].
+pub struct Keeping(Arc<Shelf>);
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        self.0.keep(false);
     }
 }
 
@@ -84,8 +104,18 @@ impl Pool {
     /// A pool of `threads` threads, the caller's included; 0 counts as 1. `nice` is added to the workers' niceness (Linux), so
     /// that a background job gives way to the host and to serving.
     pub fn new(threads: usize, nice: i32) -> Self {
+        Self::build(threads, nice, None)
+    }
+
+    /// The same, but before each part of a loop a thread waits until `gate` is open.
+    pub fn gated(threads: usize, nice: i32, gate: Arc<Gate>) -> Self {
+        Self::build(threads, nice, Some(gate))
+    }
+
+    fn build(threads: usize, nice: i32, gate: Option<Arc<Gate>>) -> Self {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {
+            gate,
             state: Mutex::new(State::default()),
             work: Condvar::new(),
             done: Condvar::new(),
@@ -110,7 +140,20 @@ impl Pool {
             shared,
             workers,
             threads,
+            shelf: Arc::default(),
         }
+    }
+
+    /// A buffer of `n` numbers that are left over from anything. Inside a stretch declared by [`Pool::keeping`] it is likely one that
+    /// was dropped before.
+    pub fn buffer(&self, n: usize) -> Buffer {
+        self.shelf.take(n)
+    }
+
+    /// Declares that buffers of the same sizes will be asked for again, until the guard is dropped.
+    pub fn keeping(&self) -> Keeping {
+        self.shelf.keep(true);
+        Keeping(self.shelf.clone())
     }
 
     /// Threads that take part in a loop, the caller's included.
@@ -128,7 +171,10 @@ impl Pool {
     /// Must be called by one thread at a time. A panic in a part is raised again here after the others have finished.
     pub fn run<F: Fn(usize) + Sync>(&self, parts: usize, body: F) {
         if parts <= 1 || self.workers.is_empty() {
-            (0..parts).for_each(body);
+            for part in 0..parts {
+                self.shared.pass_gate();
+                body(part);
+            }
             return;
         }
         unsafe fn call<F: Fn(usize) + Sync>(data: *const (), part: usize) {
@@ -159,6 +205,7 @@ impl Pool {
             if part >= parts {
                 break;
             }
+            self.shared.pass_gate();
             body(part);
         }));
         // Parts that nobody has begun must not be begun after a panic of ours.
@@ -226,6 +273,7 @@ fn worker(shared: &Shared) {
             if part >= parts {
                 break;
             }
+            shared.pass_gate();
             // SAFETY: the owner is still inside `run`: it waits for `running` to fall to 0, and this thread counted itself in
             // under the lock while the job was still posted.
             unsafe { (job.call)(job.data, part) };

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::{now_ms, DistilOptions, Error, EventKind, Inner, JobState, JobStatus, Locum};
 use crate::distil::{self, Context, Order, Stage};
+use crate::kernels::Hold;
 use crate::policy::WorldInfo;
 use crate::store::{spawn_quiet, JsonTable};
 use crate::train::Flow;
@@ -31,6 +32,8 @@ pub(super) struct Jobs {
     running: Option<Running>,
     /// Newest status of the running job, ahead of what is stored.
     status: Option<JobStatus>,
+    /// There while the caller has paused the running job.
+    paused: Option<Hold>,
     /// Set once a job interrupted in an earlier process was looked for.
     resumed: bool,
 }
@@ -111,10 +114,12 @@ impl Locum {
             return Ok(());
         }
         {
-            let jobs = self.inner.jobs.lock().unwrap_or_else(|e| e.into_inner());
+            let mut jobs = self.inner.jobs.lock().unwrap_or_else(|e| e.into_inner());
             if let Some(running) = jobs.running.as_ref().filter(|r| r.job == status.job) {
                 running.cancelled.store(true, Ordering::SeqCst);
                 running.stop.store(true, Ordering::SeqCst);
+                // Or it would never come to its end.
+                jobs.paused = None;
                 return Ok(());
             }
         }
@@ -127,6 +132,41 @@ impl Locum {
             self.inner.store.stop_leading();
         }
         self.inner.put_job(&record)
+    }
+}
+
+impl Locum {
+    /// Pauses the computing of a job that runs in this process, within milliseconds and until [`Locum::distil_resume`]; 0 is the
+    /// newest. It keeps its memory. While a step is being decided, a job pauses by itself.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if it does not run here.
+    pub fn distil_pause(&self, job: u64) -> Result<(), Error> {
+        let mut jobs = self.running_here(job)?;
+        if jobs.paused.is_none() {
+            jobs.paused = self.inner.engine.as_ref().map(|e| e.gate().hold());
+        }
+        Ok(())
+    }
+
+    /// Lets a paused job go on.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if it does not run here.
+    pub fn distil_resume(&self, job: u64) -> Result<(), Error> {
+        self.running_here(job)?.paused = None;
+        Ok(())
+    }
+
+    fn running_here(&self, job: u64) -> Result<std::sync::MutexGuard<'_, Jobs>, Error> {
+        self.inner.check_open()?;
+        let jobs = self.inner.jobs.lock().unwrap_or_else(|e| e.into_inner());
+        match &jobs.running {
+            Some(running) if job == 0 || job == running.job => Ok(jobs),
+            _ => Err(Error::NotFound {
+                what: format!("job {job}, running in this process"),
+            }),
+        }
     }
 }
 
@@ -171,7 +211,11 @@ impl Inner {
             let jobs = self.jobs.lock().unwrap_or_else(|e| e.into_inner());
             if let (Some(running), Some(status)) = (&jobs.running, &jobs.status) {
                 if job == 0 || job == running.job {
-                    return Ok(self.with_trial(status.clone()));
+                    let mut status = status.clone();
+                    if jobs.paused.is_some() {
+                        status.message = "paused".into();
+                    }
+                    return Ok(self.with_trial(status));
                 }
             }
         }
@@ -210,9 +254,11 @@ impl Inner {
 
     /// Stops the running job at its next step; its checkpoint is written.
     pub(super) fn stop_job(&self) {
-        if let Some(running) = &self.jobs.lock().unwrap_or_else(|e| e.into_inner()).running {
+        let mut jobs = self.jobs.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(running) = &jobs.running {
             running.stop.store(true, Ordering::SeqCst);
         }
+        jobs.paused = None;
     }
 
     pub(super) fn join_job(&self) {
@@ -236,6 +282,7 @@ impl Inner {
             .is_some_and(|r| r.thread.as_ref().is_none_or(|t| t.is_finished()))
         {
             jobs.running = None;
+            jobs.paused = None;
             jobs.status = None;
             self.store.stop_leading();
         }

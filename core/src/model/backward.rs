@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use super::config::Architecture;
-use super::forward::{BlockTape, PackedRows, Tape};
+use super::forward::{BlockTape, Kept, PackedRows, Tape};
 use super::params::LayerParam::{self, *};
 use super::{Lora, Model, ParamId};
 use crate::kernels::{
-    attention_backward, matmul, rms_norm, rms_norm_backward, rope_backward, swiglu_backward,
-    AttentionGrad, AttentionShape, Mat, MatMut, Pool, SharedMut,
+    attention_backward, cross_entropy, matmul, rms_norm, rms_norm_backward, rope_backward,
+    swiglu_backward, AttentionGrad, AttentionShape, Mat, MatMut, Pool, RowLoss, SharedMut,
 };
 
 /// A tensor that training moves.
@@ -78,8 +78,9 @@ pub struct HeadLoss {
     pub hits: Vec<bool>,
 }
 
-/// Rows of logits in memory at a time: 48 of 49,152 numbers are 9.4 MB.
-const HEAD_ROWS: usize = 48;
+/// Rows of logits in memory at a time: 192 of 49,152 numbers are 38 MB. With fewer, the head's weights, 113 MB, would be read more
+/// often than they can be.
+pub const HEAD_ROWS: usize = 192;
 
 impl Model {
     /// Final norm, head and cross-entropy on chosen rows, in pieces; forward only if `grad` is `None`.
@@ -103,57 +104,33 @@ impl Model {
             for &row in &rows[from..from + n] {
                 x.extend_from_slice(&hidden[row * d..(row + 1) * d]);
             }
-            let mut normed = vec![0.0; n * d];
+            let mut normed = pool.buffer(n * d);
             rms_norm(Some(pool), &x, norm, self.config.rms_norm_eps, &mut normed);
-            let mut logits = vec![0.0; n * v];
+            let mut logits = pool.buffer(n * v);
             self.multiply(Some(pool), head_id, &normed, n, &mut logits);
-            let mut nll = vec![0f32; n];
-            let mut best = vec![0u32; n];
+            let mut seen = vec![RowLoss::default(); n];
             {
-                let (logits, nll, best) = (
-                    SharedMut::new(&mut logits),
-                    SharedMut::new(&mut nll),
-                    SharedMut::new(&mut best),
-                );
+                let (logits, seen) = (SharedMut::new(&mut logits), SharedMut::new(&mut seen));
                 let scale = grad.as_ref().map(|g| g.0);
                 pool.run(n, |r| {
                     // SAFETY: row r belongs to this part alone.
-                    let (row, nll, best) =
-                        unsafe { (logits.slice(r * v, v), nll.slice(r, 1), best.slice(r, 1)) };
-                    let label = labels[from + r] as usize;
-                    let mut max = f32::NEG_INFINITY;
-                    for (i, x) in row.iter().enumerate() {
-                        if *x > max {
-                            (max, best[0]) = (*x, i as u32);
-                        }
-                    }
-                    let mut sum = 0f64;
-                    let at_label = row[label];
-                    for x in row.iter_mut() {
-                        *x = (*x - max).exp();
-                        sum += *x as f64;
-                    }
-                    nll[0] = (sum.ln() as f32) + max - at_label;
-                    if let Some(scale) = scale {
-                        let w = scale * weights[from + r];
-                        let k = (w as f64 / sum) as f32;
-                        row.iter_mut().for_each(|x| *x *= k);
-                        row[label] -= w;
-                    }
+                    let (row, seen) = unsafe { (logits.slice(r * v, v), seen.slice(r, 1)) };
+                    let weight = scale.map(|s| s * weights[from + r]);
+                    seen[0] = cross_entropy(row, labels[from + r] as usize, weight);
                 });
             }
-            for r in 0..n {
-                let w = weights[from + r] as f64;
-                total.loss += w * nll[r] as f64;
+            for (seen, weight) in seen.iter().zip(&weights[from..]) {
+                let w = *weight as f64;
+                total.loss += w * seen.nll as f64;
                 total.weight += w;
-                total.hits.push(best[r] == labels[from + r]);
+                total.hits.push(seen.hit);
+                total.nll.push(seen.nll);
             }
-            total.nll.extend_from_slice(&nll);
             let Some((_, dhidden, grads)) = grad.as_mut() else {
                 continue;
             };
             let dlogits = Mat::new(&logits, n, v);
-            let mut dnormed = vec![0.0; n * d];
+            let mut dnormed = pool.buffer(n * d);
             self.matmul(
                 pool,
                 dlogits,
@@ -197,18 +174,23 @@ impl Model {
     }
 
     /// Backward through the blocks on the tape, last first: `dx` (t, d) comes in as the gradient of the last block's output and
-    /// leaves as the gradient of the first taped block's input. Adds to the sums in `grads`.
+    /// leaves as the gradient of the first taped block's input. Adds to the sums in `grads`. What is on the tape is used up.
     pub fn blocks_backward(
         &self,
         pool: &Pool,
         rows: &PackedRows,
         lora: Option<&Lora>,
-        tape: &Tape,
+        tape: &mut Tape,
         dx: &mut [f32],
         grads: &mut Grads,
     ) {
-        for (i, block) in tape.blocks.iter().enumerate().rev() {
-            self.block_backward(pool, tape.first + i, rows, lora, block, dx, grads);
+        while let Some(kept) = tape.blocks.pop() {
+            let layer = tape.first + tape.blocks.len();
+            let block = match kept {
+                Kept::Whole(block) => block,
+                Kept::Input(input) => self.block_again(pool, layer, rows, lora, input),
+            };
+            self.block_backward(pool, layer, rows, lora, block, dx, grads);
         }
     }
 
@@ -232,7 +214,7 @@ impl Model {
         layer: usize,
         rows: &PackedRows,
         lora: Option<&Lora>,
-        tape: &BlockTape,
+        tape: BlockTape,
         dx: &mut [f32],
         grads: &mut Grads,
     ) {
@@ -250,18 +232,13 @@ impl Model {
         let norm = |which: LayerParam| self.param(ParamId::Layer(layer as u16, which));
 
         // x_out = x2 + down(act)
-        let mut dact = vec![0.0; t * f];
+        let mut dact = pool.buffer(t * f);
         linear.run(Down, &tape.act, dx, (f, d), &mut dact, false, grads);
-        let (mut dgate, mut dup) = (vec![0.0; t * f], vec![0.0; t * f]);
-        swiglu_backward(
-            Some(pool),
-            (&tape.gate, &tape.up, &dact),
-            f,
-            &mut dgate,
-            &mut dup,
-        );
-        drop(dact);
-        let mut dn = vec![0.0; t * d];
+        drop(tape.act);
+        let (mut dgate, mut dup) = (pool.buffer(t * f), pool.buffer(t * f));
+        swiglu_backward(Some(pool), (&tape.gate, &tape.up, &dact), f, &mut dgate, &mut dup);
+        drop((dact, tape.gate, tape.up));
+        let mut dn = pool.buffer(t * d);
         linear.run(Gate, &tape.n2, &dgate, (d, f), &mut dn, false, grads);
         linear.run(Up, &tape.n2, &dup, (d, f), &mut dn, true, grads);
         rms_norm_backward(
@@ -275,9 +252,13 @@ impl Model {
         );
 
         // x2 = x + o(attention)
-        let mut dmixed = vec![0.0; t * qd];
+        let mut dmixed = pool.buffer(t * qd);
         linear.run(O, &tape.mixed, dx, (qd, d), &mut dmixed, false, grads);
-        let (mut dq, mut dk, mut dv) = (vec![0.0; t * qd], vec![0.0; t * kd], vec![0.0; t * kd]);
+        let (mut dq, mut dk, mut dv) = (
+            pool.buffer(t * qd),
+            pool.buffer(t * kd),
+            pool.buffer(t * kd),
+        );
         let shape = AttentionShape {
             num_attention_heads: c.num_attention_heads,
             num_key_value_heads: c.num_key_value_heads,
@@ -310,7 +291,8 @@ impl Model {
             &rows.positions,
         );
         if c.architecture == Architecture::Qwen3 {
-            let mut before = vec![0.0; dq.len()];
+            let mut before = pool.buffer(dq.len());
+            before.fill(0.0);
             rms_norm_backward(
                 Some(pool),
                 &tape.q_raw,
@@ -321,7 +303,8 @@ impl Model {
                 grads.full(layer, QNorm),
             );
             dq = before;
-            let mut before = vec![0.0; dk.len()];
+            let mut before = pool.buffer(dk.len());
+            before.fill(0.0);
             rms_norm_backward(
                 Some(pool),
                 &tape.k_raw,
@@ -358,7 +341,7 @@ struct LinearBackward<'a> {
 }
 
 impl LinearBackward<'_> {
-    /// `dx (+)= dy W`, `dW += dyᵀ x`; for an adapter `dB += s dyᵀ (x Aᵀ)`, `dA += s (dy B)ᵀ x`, `dx += s (dy B) A`.
+    /// `dx (+)= dy W`, `dW += dyᵀ x`; with an adapter `dx (+)= dy (W + s B A)`, `dB += s dyᵀ (x Aᵀ)`, `dA += s (dy B)ᵀ x`.
     #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
@@ -371,7 +354,9 @@ impl LinearBackward<'_> {
         grads: &mut Grads,
     ) {
         let (t, pool) = (self.t, Some(self.pool));
-        let w = self.model.param(ParamId::Layer(self.layer as u16, which));
+        let id = ParamId::Layer(self.layer as u16, which);
+        let merged = self.lora.and_then(|l| l.merged(self.pool, self.model, id));
+        let w = merged.as_deref().unwrap_or(self.model.param(id));
         let (x_mat, dy_mat) = (Mat::new(x, t, width), Mat::new(dy, t, out));
         self.model.matmul(
             self.pool,
@@ -395,7 +380,7 @@ impl LinearBackward<'_> {
         };
         let (r, s) = (lora.config.rank, lora.scale());
         let (a_mat, b_mat) = (Mat::new(a, r, width), Mat::new(b, out, r));
-        let mut low = vec![0.0; t * r];
+        let mut low = self.pool.buffer(t * r);
         if let Some(db) = grads.map.get_mut(&TrainId::LoraB(key.0, which)) {
             matmul(
                 pool,
@@ -414,8 +399,8 @@ impl LinearBackward<'_> {
                 MatMut::new(db, out, r),
             );
         }
-        matmul(pool, dy_mat, b_mat, s, false, MatMut::new(&mut low, t, r));
         if let Some(da) = grads.map.get_mut(&TrainId::LoraA(key.0, which)) {
+            matmul(pool, dy_mat, b_mat, s, false, MatMut::new(&mut low, t, r));
             matmul(
                 pool,
                 Mat::new(&low, t, r).t(),
@@ -425,13 +410,5 @@ impl LinearBackward<'_> {
                 MatMut::new(da, r, width),
             );
         }
-        matmul(
-            pool,
-            Mat::new(&low, t, r),
-            a_mat,
-            1.0,
-            true,
-            MatMut::new(dx, t, width),
-        );
     }
 }

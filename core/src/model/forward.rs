@@ -5,7 +5,7 @@ use super::config::Architecture;
 use super::params::LayerParam::{self, *};
 use super::{Lora, Model, ModelError, ParamId};
 use crate::kernels::{
-    add_in_place, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, Mat, MatMut, Pool,
+    add, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, Buffer, Mat, MatMut, Pool,
     Span,
 };
 
@@ -45,32 +45,49 @@ impl PackedRows {
 #[derive(Default)]
 pub(super) struct BlockTape {
     /// (t, d) input of the block.
-    pub x: Vec<f32>,
+    pub x: Buffer,
     /// (t, d) normalised input of attention.
-    pub n1: Vec<f32>,
+    pub n1: Buffer,
     /// (t, h, e) and (t, g, e) before the per-head norm; empty for Llama.
-    pub q_raw: Vec<f32>,
-    pub k_raw: Vec<f32>,
+    pub q_raw: Buffer,
+    pub k_raw: Buffer,
     /// After rotation.
-    pub q: Vec<f32>,
-    pub k: Vec<f32>,
-    pub v: Vec<f32>,
+    pub q: Buffer,
+    pub k: Buffer,
+    pub v: Buffer,
     /// (t, h, e) output of attention.
-    pub mixed: Vec<f32>,
+    pub mixed: Buffer,
     /// (t, d) input of the MLP's norm, and the norm's output.
-    pub x2: Vec<f32>,
-    pub n2: Vec<f32>,
+    pub x2: Buffer,
+    pub n2: Buffer,
     /// (t, f)
-    pub gate: Vec<f32>,
-    pub up: Vec<f32>,
-    pub act: Vec<f32>,
+    pub gate: Buffer,
+    pub up: Buffer,
+    pub act: Buffer,
+}
+
+/// What is kept of a block until its backward pass.
+pub(super) enum Kept {
+    Whole(BlockTape),
+    /// The block's input (t, d) alone: the rest is computed again.
+    Input(Buffer),
 }
 
 /// Activations of the blocks of one training pass, from block `first` on.
 #[derive(Default)]
 pub struct Tape {
     pub(super) first: usize,
-    pub(super) blocks: Vec<BlockTape>,
+    pub(super) blocks: Vec<Kept>,
+    /// Blocks, counted from the first on the tape, of which only the input is kept.
+    pub inputs_only: usize,
+}
+
+/// How far a block goes, and what of it is kept.
+enum Extent<'a> {
+    /// To its output.
+    Whole(Option<&'a mut BlockTape>),
+    /// As far as the backward pass needs it: without the last product, so without output.
+    ForBackward(&'a mut BlockTape),
 }
 
 impl Model {
@@ -108,13 +125,49 @@ impl Model {
             tape.first = from;
             tape.blocks.clear();
         }
+        let mut flowing = Buffer::from(std::mem::take(x));
         for layer in from..to {
-            let mut block = tape.as_ref().map(|_| BlockTape::default());
-            self.block(pool, layer, x, rows, lora, block.as_mut());
-            if let (Some(tape), Some(block)) = (tape.as_deref_mut(), block) {
-                tape.blocks.push(block);
+            let kept = match tape.as_deref_mut() {
+                Some(tape) if layer - from < tape.inputs_only => {
+                    let mut input = pool.buffer(flowing.len());
+                    input.copy_from_slice(&flowing);
+                    Some(Kept::Input(input))
+                }
+                Some(_) => Some(Kept::Whole(BlockTape::default())),
+                None => None,
+            };
+            let mut kept = kept;
+            let whole = match &mut kept {
+                Some(Kept::Whole(block)) => Some(block),
+                _ => None,
+            };
+            self.block(pool, layer, &mut flowing, rows, lora, Extent::Whole(whole));
+            if let (Some(tape), Some(kept)) = (tape.as_deref_mut(), kept) {
+                tape.blocks.push(kept);
             }
         }
+        *x = flowing.into_vec();
+    }
+
+    /// What the backward pass of a block reads, from its input (t, d): the same numbers as on a tape.
+    pub(super) fn block_again(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        rows: &PackedRows,
+        lora: Option<&Lora>,
+        mut input: Buffer,
+    ) -> BlockTape {
+        let mut tape = BlockTape::default();
+        self.block(
+            pool,
+            layer,
+            &mut input,
+            rows,
+            lora,
+            Extent::ForBackward(&mut tape),
+        );
+        tape
     }
 
     /// Logits of chosen rows of `hidden` (t, d), the last block's output: (n, v).
@@ -144,10 +197,10 @@ impl Model {
         &self,
         pool: &Pool,
         layer: usize,
-        x: &mut Vec<f32>,
+        x: &mut Buffer,
         rows: &PackedRows,
         lora: Option<&Lora>,
-        tape: Option<&mut BlockTape>,
+        extent: Extent,
     ) {
         let c = &self.config;
         let positions = &rows.positions;
@@ -155,25 +208,23 @@ impl Model {
         let (qd, kd) = (c.q_size(), c.kv_size());
         let p = |which: LayerParam| self.param(ParamId::Layer(layer as u16, which));
         let linear = |which: LayerParam, x: &[f32], width: usize, out: usize| {
-            let mut y = vec![0.0; t * out];
+            let mut y = pool.buffer(t * out);
             let id = ParamId::Layer(layer as u16, which);
-            self.multiply(Some(pool), id, x, t, &mut y);
-            if let Some((lora, (a, b))) =
-                lora.and_then(|l| Some((l, l.pairs.get(&(layer as u16, which))?)))
-            {
-                add_low_rank(pool, lora, a, b, x, t, width, out, &mut y);
+            match lora.and_then(|l| l.merged(pool, self, id)) {
+                Some(merged) => self.multiply_by(Some(pool), x, &merged, t, (width, out), &mut y),
+                None => self.multiply(Some(pool), id, x, t, &mut y),
             }
             y
         };
-        let mut n1 = vec![0.0; t * d];
+        let mut n1 = pool.buffer(t * d);
         rms_norm(Some(pool), x, p(InputNorm), c.rms_norm_eps, &mut n1);
         let mut q = linear(Q, &n1, d, qd);
         let mut k = linear(K, &n1, d, kd);
         let v = linear(V, &n1, d, kd);
-        let (mut q_raw, mut k_raw) = (Vec::new(), Vec::new());
+        let (mut q_raw, mut k_raw) = (Buffer::default(), Buffer::default());
         if c.architecture == Architecture::Qwen3 {
-            q_raw = q.clone();
-            k_raw = k.clone();
+            q_raw = std::mem::replace(&mut q, pool.buffer(t * qd));
+            k_raw = std::mem::replace(&mut k, pool.buffer(t * kd));
             rms_norm(Some(pool), &q_raw, p(QNorm), c.rms_norm_eps, &mut q);
             rms_norm(Some(pool), &k_raw, p(KNorm), c.rms_norm_eps, &mut k);
         }
@@ -192,13 +243,13 @@ impl Model {
             positions,
         );
 
-        let mut mixed = vec![0.0; t * qd];
+        let mut mixed = pool.buffer(t * qd);
         let shape = c.attention_shape();
-        let keys: Vec<Vec<f32>> = rows
+        let keys: Vec<Buffer> = rows
             .spans
             .iter()
             .map(|&(row, len)| {
-                let mut keys = vec![0.0; shape.keys().len(len)];
+                let mut keys = pool.buffer(shape.keys().len(len));
                 shape
                     .keys()
                     .write(&mut keys, 0, &k[row * kd..(row + len) * kd]);
@@ -218,24 +269,26 @@ impl Model {
             })
             .collect();
         attention(Some(pool), shape, &q, &spans, &mut mixed);
-        let o = linear(O, &mixed, qd, d);
-        let mut x2 = std::mem::take(x);
-        let saved_x = tape.is_some().then(|| x2.clone());
-        add_in_place(&mut x2, &o);
+        let mut x2 = linear(O, &mixed, qd, d);
+        add(pool, x, &mut x2);
 
-        let mut n2 = vec![0.0; t * d];
+        let mut n2 = pool.buffer(t * d);
         rms_norm(Some(pool), &x2, p(PostNorm), c.rms_norm_eps, &mut n2);
         let gate = linear(Gate, &n2, d, f);
         let up = linear(Up, &n2, d, f);
-        let mut act = vec![0.0; t * f];
+        let mut act = pool.buffer(t * f);
         swiglu(Some(pool), &gate, &up, f, &mut act);
-        let y = linear(Down, &act, f, d);
-        let saved_x2 = tape.is_some().then(|| x2.clone());
-        add_in_place(&mut x2, &y);
-        *x = x2;
+        let (input, tape) = match extent {
+            Extent::Whole(tape) => {
+                let mut y = linear(Down, &act, f, d);
+                add(pool, &x2, &mut y);
+                (std::mem::replace(x, y), tape)
+            }
+            Extent::ForBackward(tape) => (std::mem::take(x), Some(tape)),
+        };
         if let Some(tape) = tape {
             *tape = BlockTape {
-                x: saved_x.unwrap_or_default(),
+                x: input,
                 n1,
                 q_raw,
                 k_raw,
@@ -243,7 +296,7 @@ impl Model {
                 k,
                 v,
                 mixed,
-                x2: saved_x2.unwrap_or_default(),
+                x2,
                 n2,
                 gate,
                 up,
@@ -275,37 +328,4 @@ pub(super) fn product(
             MatMut::new(y, t, out),
         );
     }
-}
-
-/// `y += scale · (x aᵀ) bᵀ`.
-#[allow(clippy::too_many_arguments)]
-fn add_low_rank(
-    pool: &Pool,
-    lora: &Lora,
-    a: &[f32],
-    b: &[f32],
-    x: &[f32],
-    t: usize,
-    width: usize,
-    out: usize,
-    y: &mut [f32],
-) {
-    let r = lora.config.rank;
-    let mut low = vec![0.0; t * r];
-    matmul(
-        Some(pool),
-        Mat::new(x, t, width),
-        Mat::new(a, r, width).t(),
-        1.0,
-        false,
-        MatMut::new(&mut low, t, r),
-    );
-    matmul(
-        Some(pool),
-        Mat::new(&low, t, r),
-        Mat::new(b, out, r).t(),
-        lora.scale(),
-        true,
-        MatMut::new(y, t, out),
-    );
 }

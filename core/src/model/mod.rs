@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use backward::{Grads, HeadLoss, TrainId};
+pub use backward::{Grads, HeadLoss, TrainId, HEAD_ROWS};
 pub use config::{Architecture, Config, Llama3Scaling};
 pub use forward::{PackedRows, Tape};
 pub use gguf::{read_gguf, Gguf};

@@ -185,12 +185,25 @@ impl Model {
         let [out, width] = id.shape(&self.config)[..] else {
             unreachable!("a product by {}", id.name());
         };
+        self.multiply_by(pool, x, self.param(id), t, (width, out), y)
+    }
+
+    /// The same for a matrix w (out, width) that is given.
+    pub(super) fn multiply_by(
+        &self,
+        pool: Option<&Pool>,
+        x: &[f32],
+        w: &[f32],
+        t: usize,
+        (width, out): (usize, usize),
+        y: &mut [f32],
+    ) {
         match self.compute {
-            Compute::F32 => product(pool, x, self.param(id), t, width, out, y),
+            Compute::F32 => product(pool, x, w, t, width, out, y),
             Compute::Bf16 => matmul_bf16(
                 pool,
                 Mat::new(x, t, width),
-                Mat::new(self.param(id), out, width).t(),
+                Mat::new(w, out, width).t(),
                 1.0,
                 false,
                 MatMut::new(y, t, out),

@@ -8,6 +8,7 @@ use half::bf16;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint;
+use super::memory::Memory;
 use super::optim::{AdamW, Schedule};
 use super::plan::{Method, TrainPlan};
 use super::TrainError;
@@ -159,18 +160,18 @@ impl Trainee {
 /// Samples whose order is shuffled within a window of this many, then sorted by length: batches of like lengths, still mixed.
 const SORT_WINDOW: usize = 256;
 
-/// Trains `base` on `train` by `plan`.
+/// Trains `base` on `train` by `plan`. Tensors that move are moved where they are if the caller keeps no copy of `base`.
 ///
 /// With a `checkpoint` folder the state is written there every `checkpoint_seconds`, and a state found there for the same
 /// plan and the same `data_hash` is resumed: the losses that follow are those of an unbroken run.
 /// `control` is asked after every step.
 ///
 /// # Errors
-/// [`TrainError::Cancelled`] when `control` said stop, after a checkpoint; the others as documented there.
+/// [`TrainError::Memory`] before anything is done if the plan's limit is too low; [`TrainError::Cancelled`] when `control` said stop, after a checkpoint; the others as documented there.
 #[allow(clippy::too_many_arguments)]
 pub fn fit(
     pool: &Pool,
-    base: &Model,
+    base: Model,
     train: &[Sample],
     held_out: &[Sample],
     data_hash: &str,
@@ -184,7 +185,9 @@ pub fn fit(
     if usable.is_empty() {
         return Err(TrainError::Empty);
     }
-    let config = &base.config;
+    let config = base.config.clone();
+    let config = &config;
+    let compute = base.compute;
     let trainable = plan.trainable(config);
     let lora = match plan.method {
         Method::Lora { rank, alpha } => Some(Lora::new(
@@ -198,11 +201,15 @@ pub fn fit(
         )),
         _ => None,
     };
-    let mut trainee = Trainee {
-        model: base.clone(),
-        lora,
-    };
+    let mut trainee = Trainee { model: base, lora };
     trainee.model.compute = plan.compute;
+    let _buffers = pool.keeping();
+    let longest = usable.iter().map(|&i| train[i].ids.len()).max();
+    let longest = longest.expect("some sample is usable");
+    let all = train.iter().chain(held_out).map(|s| s.ids.len()).sum();
+    let memory = Memory::of(plan, config, plan.batch_tokens.max(longest), longest, all);
+    let mut tape = Tape::default();
+    tape.inputs_only = memory.inputs_only(plan.memory_bytes)?;
     let mut adam = AdamW::new(&trainable, plan.weight_decay);
     let mut state = State {
         plan: Some(plan.clone()),
@@ -220,7 +227,6 @@ pub fn fit(
     let mut lower = LowerCache::new(first, train.len(), plan.cache_bytes);
     let mut lower_held = LowerCache::new(first, held_out.len(), plan.cache_bytes / 4);
     let mut grads = Grads::new(trainable.iter().copied());
-    let mut tape = Tape::default();
     let schedule = Schedule {
         peak: plan.lr,
         warmup_steps: plan.warmup_steps,
@@ -333,7 +339,7 @@ pub fn fit(
         Some(lora) => lora.merge(pool, &trainee.model),
         None => trainee.model.clone(),
     };
-    model.compute = base.compute;
+    model.compute = compute;
     let lr = schedule.lr(state.step, 1.0);
     let last = match held_out.is_empty() {
         true => None,

@@ -2,11 +2,13 @@
 
 mod checkpoint;
 mod fit;
+mod memory;
 mod optim;
 mod plan;
 
 pub use checkpoint::forget;
 pub use fit::{evaluate_loss, fit, CurvePoint, Flow, Progress, Sample, StopReason, Trained};
+pub use memory::Memory;
 pub use optim::{AdamW, Schedule};
 pub use plan::{Method, TrainPlan};
 
@@ -26,7 +28,11 @@ pub enum TrainError {
     NoGradient(String),
     #[error("the loss is no longer a finite number at step {step}")]
     Diverged { step: u64 },
-    #[error("the job needs {needed} bytes and may use {limit}")]
+    /// Even with every block computed again in its backward pass. What helps is in the message.
+    #[error(
+        "the training needs {} MiB and may use {}: raise memory_mib, lower batch_tokens, or train with lora, or fewer upper_layers",
+        needed.div_ceil(1 << 20), limit >> 20
+    )]
     Memory { needed: u64, limit: u64 },
     #[error("checkpoint {path}: {why}")]
     Checkpoint { path: String, why: String },

@@ -51,6 +51,10 @@ pub struct TrainPlan {
     /// In which numbers products are computed; weights, moments and sums are `f32` all the same.
     #[serde(default)]
     pub compute: Compute,
+    /// Bytes that the training may take in all ([`Memory`](super::Memory)); 0 = [`DEFAULT_TRAIN_BYTES`](crate::limits::DEFAULT_TRAIN_BYTES).
+    /// Where the activations of all blocks do not fit, some are computed again in the backward pass, to the same bits.
+    #[serde(default)]
+    pub memory_bytes: u64,
 }
 
 impl Default for TrainPlan {
@@ -72,6 +76,7 @@ impl Default for TrainPlan {
             cache_bytes: 2 << 30,
             checkpoint_seconds: 45.0,
             compute: Compute::F32,
+            memory_bytes: 0,
         }
     }
 }
@@ -131,6 +136,7 @@ impl TrainPlan {
         plan.trim_below = knobs.trim_below.unwrap_or(plan.trim_below).clamp(0.0, 0.9);
         plan.patience = knobs.patience.unwrap_or(0);
         plan.seed = knobs.seed.unwrap_or(0);
+        plan.memory_bytes = (knobs.memory_mib.unwrap_or(0) as u64).saturating_mul(1 << 20);
         plan.compute = match knobs.compute.as_deref() {
             None if features().avx512_bf16_full_rate => Compute::Bf16,
             None | Some("f32") => Compute::F32,

@@ -226,7 +226,7 @@ class Locum:
         """Starts a distillation in the background and returns at once; it survives the process.
 
         Options, all with defaults from the policy: `method` ("upper", "lora" or "full"), `tokens`, `max_seconds`, `epochs`,
-        `lr`, `rank`, `alpha`, `upper_layers`, `batch_tokens`, `warmup_steps`, `weight_decay`, `patience`, `seed`, `compute`,
+        `lr`, `rank`, `alpha`, `upper_layers`, `batch_tokens`, `warmup_steps`, `weight_decay`, `patience`, `seed`, `compute`, `memory_mib`,
         `continue_student` (True starts from the promoted student), `unfiltered` (True trains on everything, for comparison),
         `promote` ("auto", or "never": only stored).
         Raises `Busy` if one is running, `ModelError` if there is no base model.

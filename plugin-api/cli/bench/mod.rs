@@ -55,6 +55,9 @@ pub struct Args {
     /// Numbers of the products in `train`: bf16 by itself where the processor is faster at it
     #[arg(long, value_parser = ["bf16", "f32"])]
     compute: Option<String>,
+    /// Memory that `train` may take; with less, more is computed twice
+    #[arg(long)]
+    memory_mib: Option<usize>,
     /// Take the processor for an older one
     #[arg(long, value_enum, hide = true)]
     isa: Option<Older>,

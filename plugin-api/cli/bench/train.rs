@@ -3,9 +3,11 @@
 use std::time::Instant;
 
 use clap::ValueEnum;
+use locum_core::kernels::{f32_limit, features};
+use locum_core::model::{Compute, Config, LINEARS};
 use locum_core::policy::RecipeKnobs;
 use locum_core::report::machine;
-use locum_core::train::{fit, Flow, Sample, TrainError, TrainPlan};
+use locum_core::train::{self, fit, Flow, Memory, Sample, TrainError, TrainPlan};
 use serde_json::json;
 
 use super::{median, peak_bytes, Args, Loaded};
@@ -57,8 +59,10 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
         batch_tokens: Some(ROWS * tokens),
         tokens: Some(1_000_000_000),
         compute: args.compute.clone(),
+        memory_mib: args.memory_mib,
         ..RecipeKnobs::default()
     };
+    let config = model.config.clone();
     let mut plan = TrainPlan::from_knobs(&model.config, tokens, &knobs)
         .map_err(locum_core::error::Error::from)?;
     plan.evaluations = 0;
@@ -69,7 +73,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let mut losses = Vec::new();
     let ended = fit(
         &pool,
-        &model,
+        model,
         &samples,
         &[],
         "bench",
@@ -93,13 +97,33 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     steady.sort_by(f64::total_cmp);
     let per_step = (ROWS * tokens) as f64;
     let tok_s = per_step / median(&steady);
+    let gflop_s = flop(&config, &plan, tokens) * tok_s / per_step / 1e9;
+    let memory = Memory::of(&plan, &config, ROWS * tokens, tokens, 2 * ROWS * tokens);
+    let again = memory
+        .inputs_only(plan.memory_bytes)
+        .map_err(locum_core::error::Error::from)?;
+    let peak = peak_bytes();
+    let limit = f32_limit(&pool) / 1e9;
+    let path = match (plan.compute, features()) {
+        (Compute::Bf16, f) if f.avx512_bf16_full_rate => "bf16, VDPBF16PS",
+        (_, f) if f.avx512 => "f32, AVX-512",
+        (_, f) if f.avx2_fma => "f32, AVX2",
+        _ => "f32, scalar",
+    };
     let machine = machine();
     out.line(&format!(
-        "{method}, {ROWS} x {tokens} tokens a step, products in {:?}: {tok_s:.0} tok/s ({:.0} to {:.0}), at most {:.2} GiB in memory",
-        plan.compute,
+        "{method}, {ROWS} x {tokens} tokens a step, {path}: {tok_s:.0} tok/s ({:.0} to {:.0})",
         per_step / steady[steady.len() - 1],
         per_step / steady[0],
-        peak_bytes() as f64 / (1u64 << 30) as f64,
+    ));
+    out.line(&format!(
+        "{gflop_s:.0} GFLOP/s of needed arithmetic, {:.0} % of the {limit:.0} GFLOP/s that this machine reaches in f32 registers",
+        100.0 * gflop_s / limit
+    ));
+    out.line(&format!(
+        "at most {:.0} MiB in memory; {again} of {} blocks computed again in the backward pass",
+        peak as f64 / (1u64 << 20) as f64,
+        memory.blocks
     ));
     out.line(&format!(
         "{name}; {} threads on {}",
@@ -109,7 +133,40 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     out.result(&json!({
         "tok_s": tok_s, "lowest": per_step / steady[steady.len() - 1], "highest": per_step / steady[0],
         "method": method, "rows": ROWS, "tokens": tokens, "compute": plan.compute, "losses": losses,
-        "threads": pool.threads(), "peak_bytes": peak_bytes(), "model": name, "machine": machine,
+        "threads": pool.threads(), "peak_bytes": peak, "path": path, "gflop_s": gflop_s,
+        "f32_limit_gflop_s": limit, "share_of_limit": gflop_s / limit, "blocks_again": again, "estimate": {
+            "least_bytes": memory.least(), "most_bytes": memory.most(),
+        }, "model": name, "machine": machine,
     }));
     Ok(())
+}
+
+/// Floating-point operations that a step cannot do without, a multiplication and an addition counted as two. What a training computes
+/// a second time to save memory does not count.
+fn flop(config: &Config, plan: &TrainPlan, tokens: usize) -> f64 {
+    let c = config;
+    let rows = (ROWS * tokens) as f64;
+    let blocks = (c.num_hidden_layers - plan.first_block(c)) as f64;
+    let matrices: f64 = LINEARS
+        .iter()
+        .map(|p| p.shape(c).iter().product::<usize>() as f64)
+        .sum();
+    // A product forward and one for the gradient of its input, and one for the gradient of its weights where they train.
+    let (of_matrices, of_head) = match plan.method {
+        train::Method::Full => (3.0, 3.0),
+        train::Method::Upper { .. } => (3.0, 2.0),
+        train::Method::Lora { .. } => (2.0, 2.0),
+    };
+    let narrow = match plan.method {
+        // Two products forward and four backward.
+        train::Method::Lora { rank, .. } => LINEARS
+            .iter()
+            .map(|p| p.shape(c).iter().sum::<usize>() as f64 * rank as f64 * 6.0)
+            .sum(),
+        _ => 0.0,
+    };
+    // Two products over the lower triangle forward, five backward.
+    let attention = 7.0 * c.q_size() as f64 * tokens as f64 * rows;
+    let head = of_head * 2.0 * (c.hidden_size * c.vocab_size) as f64 * rows;
+    blocks * (of_matrices * 2.0 * matrices * rows + narrow * rows + attention) + head
 }
