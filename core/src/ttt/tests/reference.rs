@@ -269,7 +269,7 @@ fn ttt_reference_the_first_chunk_and_an_untrained_student_equal_the_plain_model_
             let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(on), bits(off), "{}", case.name);
             let want = &case.vectors["len64.logits_base"][..equal * vocab];
-            case.close("plain model", off, want, 1e-5);
+            case.close("plain model", off, want, VALUES);
         }
     }
 }
