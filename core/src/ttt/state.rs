@@ -88,6 +88,8 @@ pub struct FastWeight {
     /// What `w` will be after the chunk, as far as the first `rows_ahead` of what waits go.
     ahead: Option<Arc<Vec<f32>>>,
     rows_ahead: usize,
+    /// The matrix that `ahead` took the place of, whose memory the next one may have: fresh pages cost more than the copy.
+    spare: Option<Arc<Vec<f32>>>,
     /// What waits, from the chunk's first token on: (n, f) and (n, d). Empty in a chunk that was entered without being read.
     z: Arc<Vec<f32>>,
     u: Arc<Vec<f32>>,
@@ -103,6 +105,7 @@ impl FastWeight {
             w: start.w.clone(),
             ahead: None,
             rows_ahead: 0,
+            spare: None,
             z: Arc::default(),
             u: Arc::default(),
             position: 0,
@@ -143,8 +146,9 @@ impl FastWeight {
     /// Bytes that this sequence holds for itself; what clones share is counted in each.
     pub fn bytes(&self) -> usize {
         let own = if self.is_start() { 0 } else { self.w.len() };
-        let ahead = self.ahead.as_ref().map_or(0, |w| w.len());
-        4 * (own + ahead + self.z.capacity() + self.u.capacity())
+        let more = [&self.ahead, &self.spare].into_iter().flatten();
+        let more: usize = more.map(|w| w.len()).sum();
+        4 * (own + more + self.z.capacity() + self.u.capacity())
     }
 
     /// Reads any number of tokens: each run up to an edge is answered, then learned from. Shapes: z (t, f), u (t, d), y (t, d), where u is
@@ -261,6 +265,12 @@ impl FastWeight {
         }
         let v = target(pool, layer, &self.u, rows.clone(), d);
         if !is_zero(&v) {
+            if let (None, Some(mut spare)) = (&self.ahead, self.spare.take()) {
+                if let Some(copy) = Arc::get_mut(&mut spare) {
+                    copy.copy_from_slice(&self.w);
+                    self.ahead = Some(spare);
+                }
+            }
             let w = self.ahead.get_or_insert_with(|| self.w.clone());
             let z = &self.z[rows.start * f..rows.end * f];
             add_outer(
@@ -300,6 +310,7 @@ impl FastWeight {
     /// is not learned from.
     pub fn reset(&mut self) {
         self.w = self.start.w.clone();
+        self.spare = None;
         self.drift = 0.0;
         self.drop_waiting();
     }
@@ -345,7 +356,8 @@ impl FastWeight {
         let (d, f) = self.start.shape();
         let done = std::mem::take(&mut self.rows_ahead);
         if let Some(w) = self.ahead.take() {
-            self.w = w;
+            let before = std::mem::replace(&mut self.w, w);
+            self.spare = (!Arc::ptr_eq(&before, &self.start.w)).then_some(before);
         }
         let v = target(pool, layer, u, done..config.chunk_len, d);
         // An untrained filter leaves the weight the student's own, not a copy of it.
