@@ -18,6 +18,7 @@ pub mod chat;
 pub mod curate;
 pub mod dataset;
 pub mod kernels;
+pub mod ttt;
 pub mod model;
 pub mod train;
 pub mod generate;

@@ -1,0 +1,251 @@
+//! What is fixed for a student: the settings of its TTT layers, and the tensors trained for them.
+
+use serde_json::Value;
+
+use super::TttError;
+use crate::kernels::Random;
+
+/// Deviation of the published initial `ttt_proj`: the usual `initializer_range`.
+pub const PROJ_DEVIATION: f64 = 0.02;
+
+/// Settings of all TTT layers of a student.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TttConfig {
+    /// `ttt_layers`: layers whose down-projection learns.
+    pub layers: Vec<u16>,
+    /// `ttt_chunk`, the c of the equations.
+    pub chunk_len: usize,
+    /// `ttt_lr`, the step size η.
+    pub lr: f32,
+    /// Taps of the filter, an odd number. Not in the configs of the authors, whose code has 5.
+    pub kernel_size: usize,
+    /// `ttt_proj`: whether there is a projection behind the filter.
+    pub proj: bool,
+    /// `ttt_target`.
+    pub target: TttTarget,
+    pub mode: TttMode,
+    /// Largest drift before a layer begins again; `None` only to compare with code that has no cap. Not in the authors' configs.
+    pub max_drift: Option<f32>,
+}
+
+/// From what the target is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TttTarget {
+    /// `hidden_states`: the normalised input of the same layer's MLP. Published for continued training.
+    HiddenStates,
+    /// `input_embed`: the embeddings of the tokens. Published for training from scratch.
+    InputEmbed,
+}
+
+/// How a full chunk changes the fast weight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TttMode {
+    /// `W ← W + η vᵀz` from what waits.
+    #[default]
+    InPlace,
+    /// `W ← W − η ∂loss/∂W`, whose gradient the caller brings at the edge ([`FastWeight::descend`](super::FastWeight::descend)):
+    /// chunk-wise dynamic evaluation.
+    Gradient,
+}
+
+impl Default for TttConfig {
+    /// No layers. c = 256, because episodes have 2k to 8k tokens and the cost does not depend on c; η as in the authors' code;
+    /// a cap of 0.1, up to which frozen models were seen to stand random changes.
+    fn default() -> Self {
+        Self {
+            layers: Vec::new(),
+            chunk_len: 256,
+            lr: 0.3,
+            kernel_size: 5,
+            proj: true,
+            target: TttTarget::HiddenStates,
+            mode: TttMode::InPlace,
+            max_drift: Some(0.1),
+        }
+    }
+}
+
+impl TttConfig {
+    /// Reads the `ttt_*` fields of a `config.json`; `None` if it has none, lists no layer, or says `ttt_mode: false`.
+    ///
+    /// Layers that the model does not have are left out, for the authors' configs list one such.
+    ///
+    /// # Errors
+    /// [`TttError::Config`] names the field: a chunk of zero, a step size that is not finite, an unknown target, or a list in which
+    /// no layer exists.
+    pub fn from_json(raw: &Value, num_hidden_layers: usize) -> Result<Option<Self>, TttError> {
+        let wrong = |field, found: &Value| TttError::Config {
+            field,
+            found: found.to_string(),
+        };
+        let flag = |field: &'static str, default: bool| match raw.get(field) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => value.as_bool().ok_or_else(|| wrong(field, value)),
+        };
+        let listed = match raw.get("ttt_layers") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(value) => value,
+        };
+        let indexes = listed
+            .as_array()
+            .and_then(|all| all.iter().map(Value::as_u64).collect::<Option<Vec<u64>>>());
+        let indexes = indexes.ok_or_else(|| wrong("ttt_layers", listed))?;
+        if indexes.is_empty() || !flag("ttt_mode", true)? {
+            return Ok(None);
+        }
+        let mut layers: Vec<u16> = indexes
+            .iter()
+            .filter(|at| **at < num_hidden_layers as u64)
+            .filter_map(|at| u16::try_from(*at).ok())
+            .collect();
+        layers.sort_unstable();
+        layers.dedup();
+        if layers.is_empty() {
+            return Err(wrong("ttt_layers", listed));
+        }
+        let mut config = Self {
+            layers,
+            proj: flag("ttt_proj", true)?,
+            ..Self::default()
+        };
+        if let Some(value) = raw.get("ttt_chunk").filter(|v| !v.is_null()) {
+            let chunk_len = value.as_u64().and_then(|c| usize::try_from(c).ok());
+            config.chunk_len = chunk_len.ok_or_else(|| wrong("ttt_chunk", value))?;
+        }
+        if let Some(value) = raw.get("ttt_lr").filter(|v| !v.is_null()) {
+            config.lr = value.as_f64().ok_or_else(|| wrong("ttt_lr", value))? as f32;
+        }
+        if let Some(value) = raw.get("ttt_target").filter(|v| !v.is_null()) {
+            config.target = match value.as_str() {
+                Some("hidden_states") => TttTarget::HiddenStates,
+                Some("input_embed") => TttTarget::InputEmbed,
+                _ => return Err(wrong("ttt_target", value)),
+            };
+        }
+        config.check()?;
+        Ok(Some(config))
+    }
+
+    /// Checks what the types allow and the rule does not.
+    ///
+    /// # Errors
+    /// [`TttError::Config`] names the field.
+    pub fn check(&self) -> Result<(), TttError> {
+        let wrong = |field, found: String| Err(TttError::Config { field, found });
+        if self.chunk_len == 0 {
+            return wrong("ttt_chunk", self.chunk_len.to_string());
+        }
+        if !self.lr.is_finite() {
+            return wrong("ttt_lr", self.lr.to_string());
+        }
+        if self.kernel_size.is_multiple_of(2) {
+            return wrong("the number of taps", self.kernel_size.to_string());
+        }
+        match self.max_drift {
+            Some(cap) if cap.is_nan() || cap <= 0.0 => wrong("the cap on drift", cap.to_string()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The fields under their names in a `config.json`.
+    pub fn to_json(&self) -> serde_json::Map<String, Value> {
+        let target = match self.target {
+            TttTarget::HiddenStates => "hidden_states",
+            TttTarget::InputEmbed => "input_embed",
+        };
+        // By way of its shortest text: 0.3 is not to become 0.30000001192092896.
+        let lr: f64 = self.lr.to_string().parse().expect("a float prints as one");
+        [
+            ("ttt_mode", true.into()),
+            ("ttt_layers", self.layers.clone().into()),
+            ("ttt_proj", self.proj.into()),
+            ("ttt_lr", lr.into()),
+            ("ttt_chunk", self.chunk_len.into()),
+            ("ttt_target", target.into()),
+        ]
+        .map(|(field, value): (&str, Value)| (field.to_string(), value))
+        .into_iter()
+        .collect()
+    }
+
+    /// The published initial values, (d, 1, k) and (d, d): a filter of zeros and a diagonal of small normal numbers. The student is
+    /// exactly its base; the filter moves first, for the projection's gradient is 0 until it has.
+    pub fn published_start(
+        &self,
+        hidden_size: usize,
+        random: &mut Random,
+    ) -> (Vec<f32>, Option<Vec<f32>>) {
+        let d = hidden_size;
+        let proj = self.proj.then(|| {
+            let mut proj = vec![0.0; d * d];
+            for i in 0..d {
+                proj[i * d + i] = (PROJ_DEVIATION * random.normal()) as f32;
+            }
+            proj
+        });
+        (vec![0.0; d * self.kernel_size], proj)
+    }
+
+    /// Initial values whose target is the next position from the start, as TTT-NTP builds in (arXiv:2606.21803): one tap at 1, and a
+    /// projection of zeros, so that the student is exactly its base and the projection moves first.
+    ///
+    /// # Panics
+    /// Without a projection, or with a single tap: the student would not be its base, or have no next position.
+    pub fn next_token_start(&self, hidden_size: usize) -> (Vec<f32>, Option<Vec<f32>>) {
+        assert!(
+            self.proj && self.kernel_size > 1,
+            "the next token as a target needs a projection and a filter that looks ahead"
+        );
+        let (d, k) = (hidden_size, self.kernel_size);
+        let mut conv = vec![0.0; d * k];
+        for taps in conv.chunks_exact_mut(k) {
+            taps[k / 2 + 1] = 1.0;
+        }
+        (conv, Some(vec![0.0; d * d]))
+    }
+}
+
+/// Tensors of one TTT layer, as checkpoints store them. They are slow weights: only training moves them.
+#[derive(Clone, Copy)]
+pub struct TttLayer<'a> {
+    /// `mlp.ttt_conv.weight` (d, 1, k)
+    pub conv: &'a [f32],
+    /// `mlp.ttt_proj.weight` (d, d), used as `conv(u) P`.
+    pub proj: Option<&'a [f32]>,
+}
+
+impl<'a> TttLayer<'a> {
+    /// Checks the tensors of a layer of this width against the settings.
+    ///
+    /// # Errors
+    /// [`TttError::Tensor`] for another number of elements, also for a projection that is there and should not be.
+    pub fn new(
+        config: &TttConfig,
+        hidden_size: usize,
+        conv: &'a [f32],
+        proj: Option<&'a [f32]>,
+    ) -> Result<Self, TttError> {
+        let has_proj = usize::from(config.proj);
+        for (name, expected, found) in [
+            (
+                "mlp.ttt_conv.weight",
+                hidden_size * config.kernel_size,
+                conv.len(),
+            ),
+            (
+                "mlp.ttt_proj.weight",
+                hidden_size * hidden_size * has_proj,
+                proj.map_or(0, <[f32]>::len),
+            ),
+        ] {
+            if expected != found {
+                return Err(TttError::Tensor {
+                    name,
+                    expected,
+                    found,
+                });
+            }
+        }
+        Ok(Self { conv, proj })
+    }
+}

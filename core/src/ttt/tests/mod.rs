@@ -1,0 +1,3 @@
+mod decoder;
+mod reference;
+mod room;
