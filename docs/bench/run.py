@@ -276,9 +276,15 @@ def measure(command, env):
     return result | disturbed
 
 
+def first_row(result):
+    """Engines report a row for each format of weights; the other modes have none."""
+    rows = result.get("rows")
+    return rows[0] if isinstance(rows, list) and rows else {}
+
+
 def detail(side, result):
     """What is kept of a run beside its figure."""
-    row = (result.get("rows") or [{}])[0]
+    row = first_row(result)
     keep = {k: result[k] for k in ("peak_bytes", "options", "others", "stolen", "wall_s", "losses", "trained_tok_s") if k in result}
     keep |= {k: row[k] for k in ("kernels", "limit_share", "weight_bytes") if k in row}
     keep |= {k: v for k, v in result.items() if k.endswith("_ms") and isinstance(v, float)}
@@ -287,8 +293,7 @@ def detail(side, result):
 
 
 def figure(row, key, result):
-    inner = (result.get("rows") or [{}])[0]
-    value = result.get(key, inner.get(key))
+    value = result.get(key, first_row(result).get(key))
     return value / 2**30 if row.unit == "GiB" and value is not None else value
 
 

@@ -498,6 +498,12 @@ LOCUM_API int32_t locum_distil_status(locum handle, uint64_t job, locum_bytes *s
  * LOCUM_E_NOT_FOUND: there is no such job.                                                [any-thread] [may-block] */
 LOCUM_API int32_t locum_distil_cancel(locum handle, uint64_t job, locum_error **error);
 
+/* Keeps a job that runs in this process from computing, within milliseconds, until it is resumed, cancelled or the
+ * handle is closed. It keeps its memory. While a step is being decided a job pauses by itself. `job` 0 = the newest.
+ * LOCUM_E_NOT_FOUND: it does not run here.                                                [any-thread]             */
+LOCUM_API int32_t locum_distil_pause(locum handle, uint64_t job, locum_error **error);
+LOCUM_API int32_t locum_distil_resume(locum handle, uint64_t job, locum_error **error);
+
 /* All students as a JSON array, oldest first: version, id, state, and what the gate measured. `*json` is yours.
  * LOCUM_E_STORE, LOCUM_E_CORRUPT.                                                         [any-thread] [may-block] */
 LOCUM_API int32_t locum_student_list(locum handle, locum_bytes *json, locum_error **error);

@@ -263,6 +263,14 @@ class Locum {
     detail::Slot error;
     error.check(locum_distil_cancel(handle_, job, error.out()));
   }
+  void distil_pause(std::uint64_t job = 0) {
+    detail::Slot error;
+    error.check(locum_distil_pause(handle_, job, error.out()));
+  }
+  void distil_resume(std::uint64_t job = 0) {
+    detail::Slot error;
+    error.check(locum_distil_resume(handle_, job, error.out()));
+  }
   std::string students() {
     locum_bytes json{};
     detail::Slot error;

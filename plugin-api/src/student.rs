@@ -90,6 +90,40 @@ pub unsafe extern "C" fn locum_distil_cancel(
 }
 
 /// # Safety
+/// `error` is as locum.h describes it.
+#[no_mangle]
+pub unsafe extern "C" fn locum_distil_pause(
+    handle: u64,
+    job: u64,
+    error: *mut *mut LocumError,
+) -> i32 {
+    // SAFETY: `error` is as locum.h says.
+    unsafe {
+        guard("locum_distil_pause", error, |frame| {
+            frame.instance(handle)?.locum.distil_pause(job)?;
+            Ok(OK)
+        })
+    }
+}
+
+/// # Safety
+/// `error` is as locum.h describes it.
+#[no_mangle]
+pub unsafe extern "C" fn locum_distil_resume(
+    handle: u64,
+    job: u64,
+    error: *mut *mut LocumError,
+) -> i32 {
+    // SAFETY: `error` is as locum.h says.
+    unsafe {
+        guard("locum_distil_resume", error, |frame| {
+            frame.instance(handle)?.locum.distil_resume(job)?;
+            Ok(OK)
+        })
+    }
+}
+
+/// # Safety
 /// The pointers are as locum.h describes them.
 #[no_mangle]
 pub unsafe extern "C" fn locum_student_list(

@@ -52,6 +52,8 @@ static void refuse_locum(locum l) {
   STATUS(LOCUM_E_MISUSE, locum_distil_start(l, NULL, 0, &job, NULL));
   STATUS(LOCUM_E_MISUSE, locum_distil_status(l, 0, &bytes, NULL));
   STATUS(LOCUM_E_MISUSE, locum_distil_cancel(l, 0, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_distil_pause(l, 0, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_distil_resume(l, 0, NULL));
   STATUS(LOCUM_E_MISUSE, locum_student_list(l, &bytes, NULL));
   STATUS(LOCUM_E_MISUSE, locum_student_use(l, 0, NULL));
   STATUS(LOCUM_E_MISUSE, locum_student_rollback(l, NULL));

@@ -3,6 +3,7 @@
 mod bench;
 mod episodes;
 mod journey;
+mod pause;
 mod refusals;
 
 use std::path::{Path, PathBuf};

@@ -246,6 +246,31 @@ mod tests {
         out
     }
 
+    /// All transposes, with and without what is there already, against the obvious loop.
+    fn check(pool: &Pool, m: usize, k: usize, n: usize) {
+        let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
+        for (ma, mb) in [
+            (Mat::new(&a, m, k), Mat::new(&b, k, n)),
+            (Mat::new(&a, m, k), Mat::new(&b, n, k).t()),
+            (Mat::new(&a, k, m).t(), Mat::new(&b, k, n)),
+        ] {
+            let want = slow(ma, mb);
+            let mut got = vec![1.0; m * n];
+            matmul(Some(pool), ma, mb, 1.0, false, MatMut::new(&mut got, m, n));
+            for (g, w) in got.iter().zip(&want) {
+                assert!((g - w).abs() < 1e-3, "{m} {k} {n}: {g} {w}");
+            }
+            matmul(Some(pool), ma, mb, 2.0, true, MatMut::new(&mut got, m, n));
+            for (g, w) in got.iter().zip(&want) {
+                assert!((g - 3.0 * w).abs() < 3e-3, "{m} {k} {n}: {g} {w}");
+            }
+        }
+        let want = slow(Mat::new(&a, m, k), Mat::new(&b, n, k).t());
+        let mut got = vec![0.0; m * n];
+        matmul_nt_small(Some(pool), &a, &b, m, k, n, &mut got);
+        assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-3));
+    }
+
     #[test]
     fn products_agree_with_the_obvious_loop_over_odd_shapes_and_transposes() {
         let pool = Pool::new(2, 0);
@@ -258,27 +283,15 @@ mod tests {
             (31, 65, 200),
             (256, 100, 90),
         ] {
-            let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
-            for (ma, mb) in [
-                (Mat::new(&a, m, k), Mat::new(&b, k, n)),
-                (Mat::new(&a, m, k), Mat::new(&b, n, k).t()),
-                (Mat::new(&a, k, m).t(), Mat::new(&b, k, n)),
-            ] {
-                let want = slow(ma, mb);
-                let mut got = vec![1.0; m * n];
-                matmul(Some(&pool), ma, mb, 1.0, false, MatMut::new(&mut got, m, n));
-                for (g, w) in got.iter().zip(&want) {
-                    assert!((g - w).abs() < 1e-3, "{m} {k} {n}: {g} {w}");
-                }
-                matmul(Some(&pool), ma, mb, 2.0, true, MatMut::new(&mut got, m, n));
-                for (g, w) in got.iter().zip(&want) {
-                    assert!((g - 3.0 * w).abs() < 3e-3, "{m} {k} {n}: {g} {w}");
-                }
-            }
-            let want = slow(Mat::new(&a, m, k), Mat::new(&b, n, k).t());
-            let mut got = vec![0.0; m * n];
-            matmul_nt_small(Some(&pool), &a, &b, m, k, n, &mut got);
-            assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-3));
+            check(&pool, m, k, n);
+        }
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(100))]
+        #[test]
+        fn products_agree_with_the_obvious_loop_for_any_shape(m in 1usize..150, k in 1usize..150, n in 1usize..150) {
+            check(&Pool::new(2, 0), m, k, n);
         }
     }
 }

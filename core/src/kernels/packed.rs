@@ -338,6 +338,48 @@ mod tests {
         paths
     }
 
+    /// Every path on every kind of lanes, with and without a pool, against the obvious loop in `f64`.
+    fn check(pool: &Pool, t: usize, n: usize, k: usize) {
+        let w = numbers(n * k, 1);
+        let packed = PackedBf16::new(&w, n, k);
+        let x = numbers(t * k, 2);
+        let mut all = Vec::new();
+        for path in paths() {
+            // What is forced on this thread holds for it alone, so there the pool is left out.
+            for pool in [Some(pool), None] {
+                on_each_kind_of_lanes(|| {
+                    let mut y = vec![7.0; t * n];
+                    // SAFETY: only paths that the processor has.
+                    unsafe {
+                        let ys = &mut [&mut y[..]];
+                        PackedBf16::products_by(path, &[&packed], pool, &x, t, ys)
+                    };
+                    all.push((path, y));
+                });
+            }
+        }
+        for (path, y) in all {
+            for (i, got) in y.iter().enumerate() {
+                let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
+                let (mut sum, mut size) = (0.0, 0.0);
+                for (x, w) in x.iter().zip(w) {
+                    let x = if path == Path::Bf16 {
+                        round_bf16(*x)
+                    } else {
+                        *x
+                    };
+                    let term = x as f64 * round_bf16(*w) as f64;
+                    sum += term;
+                    size += term.abs();
+                }
+                assert!(
+                    (*got as f64 - sum).abs() <= 1e-5 * size + 1e-30,
+                    "{path:?} t {t} n {n} k {k} at {i}: {got} instead of {sum}"
+                );
+            }
+        }
+    }
+
     #[test]
     fn every_path_agrees_with_the_obvious_loop_on_the_rounded_weight() {
         let pool = Pool::new(3, 0);
@@ -350,46 +392,17 @@ mod tests {
             (700, 33),
             (64, 1301),
         ] {
-            let w = numbers(n * k, 1);
-            let packed = PackedBf16::new(&w, n, k);
             for t in [0, 1, 2, 3, 7, 8, 15, 31, 65] {
-                let x = numbers(t * k, 2);
-                let mut all = Vec::new();
-                for path in paths() {
-                    // What is forced on this thread holds for it alone, so there the pool is left out.
-                    for pool in [Some(&pool), None] {
-                        on_each_kind_of_lanes(|| {
-                            let mut y = vec![7.0; t * n];
-                            // SAFETY: only paths that the processor has.
-                            unsafe {
-                                let ys = &mut [&mut y[..]];
-                                PackedBf16::products_by(path, &[&packed], pool, &x, t, ys)
-                            };
-                            all.push((path, y));
-                        });
-                    }
-                }
-                for (path, y) in all {
-                    for (i, got) in y.iter().enumerate() {
-                        let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
-                        let (mut sum, mut size) = (0.0, 0.0);
-                        for (x, w) in x.iter().zip(w) {
-                            let x = if path == Path::Bf16 {
-                                round_bf16(*x)
-                            } else {
-                                *x
-                            };
-                            let term = x as f64 * round_bf16(*w) as f64;
-                            sum += term;
-                            size += term.abs();
-                        }
-                        assert!(
-                            (*got as f64 - sum).abs() <= 1e-5 * size + 1e-30,
-                            "{path:?} t {t} n {n} k {k} at {i}: {got} instead of {sum}"
-                        );
-                    }
-                }
+                check(&pool, t, n, k);
             }
+        }
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(60))]
+        #[test]
+        fn every_path_agrees_with_the_obvious_loop_for_any_shape(t in 1usize..40, n in 1usize..140, k in 1usize..200) {
+            check(&Pool::new(2, 0), t, n, k);
         }
     }
 

@@ -236,7 +236,13 @@ impl Model {
         linear.run(Down, &tape.act, dx, (f, d), &mut dact, false, grads);
         drop(tape.act);
         let (mut dgate, mut dup) = (pool.buffer(t * f), pool.buffer(t * f));
-        swiglu_backward(Some(pool), (&tape.gate, &tape.up, &dact), f, &mut dgate, &mut dup);
+        swiglu_backward(
+            Some(pool),
+            (&tape.gate, &tape.up, &dact),
+            f,
+            &mut dgate,
+            &mut dup,
+        );
         drop((dact, tape.gate, tape.up));
         let mut dn = pool.buffer(t * d);
         linear.run(Gate, &tape.n2, &dgate, (d, f), &mut dn, false, grads);

@@ -173,6 +173,8 @@ FUNCTIONS: list[tuple[str, Any, list[Any]]] = [
     ("locum_distil_start", c_int32, [_HANDLE, *_TEXT, POINTER(c_uint64), _ERROR]),
     ("locum_distil_status", c_int32, [_HANDLE, c_uint64, POINTER(Bytes), _ERROR]),
     ("locum_distil_cancel", c_int32, [_HANDLE, c_uint64, _ERROR]),
+    ("locum_distil_pause", c_int32, [_HANDLE, c_uint64, _ERROR]),
+    ("locum_distil_resume", c_int32, [_HANDLE, c_uint64, _ERROR]),
     ("locum_student_list", c_int32, [_HANDLE, POINTER(Bytes), _ERROR]),
     ("locum_student_use", c_int32, [_HANDLE, c_uint64, _ERROR]),
     ("locum_student_rollback", c_int32, [_HANDLE, _ERROR]),

@@ -550,6 +550,17 @@ class Job:
         """Stops it soon; what is not finished is thrown away. A finished job is not changed."""
         self._locum.library.call("locum_distil_cancel", self._locum._live(), self.number)
 
+    def pause(self) -> None:
+        """Keeps it from computing, within milliseconds, until `resume`. It keeps its memory.
+
+        While a step is being decided it pauses by itself. Raises `NotFound` if it does not run in this process.
+        """
+        self._locum.library.call("locum_distil_pause", self._locum._live(), self.number)
+
+    def resume(self) -> None:
+        """Lets a paused job go on. Raises `NotFound` if it does not run in this process."""
+        self._locum.library.call("locum_distil_resume", self._locum._live(), self.number)
+
     def wait(
         self, until: str = "trained", *, timeout: float | None = None, progress: bool = True, stream: TextIO | None = None
     ) -> JobStatus:

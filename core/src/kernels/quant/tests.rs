@@ -94,6 +94,16 @@ fn every_path_agrees_with_the_scalar_one_over_odd_shapes() {
     }
 }
 
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
+    #[test]
+    fn every_path_agrees_with_the_scalar_one_for_any_shape(t in 1usize..40, n in 1usize..140, k in 1usize..300, threads in 1usize..4) {
+        let pool = Pool::new(threads, 0);
+        check_paths::<8>(&pool, t, n, k);
+        check_paths::<4>(&pool, t, n, k);
+    }
+}
+
 /// All codes at their ends, where 16 bits would saturate.
 fn check_extremes<const BITS: usize>(x: &[f32], w: &[f32], n: usize, k: usize) {
     let packed = Packed::<BITS>::new(w, n, k);
