@@ -13,6 +13,8 @@ mod packed;
 mod params;
 mod sequence;
 mod serve;
+#[cfg(test)]
+mod serve_tests;
 mod tiny;
 mod weights;
 

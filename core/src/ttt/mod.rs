@@ -46,7 +46,7 @@ pub use state::{forward_rows, Chunk, FastWeight, StartWeight, Update};
 pub use training::{backward, forward, TttGrad};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// Why a layer cannot learn while it reads, or cannot be cut back.
 #[non_exhaustive]
