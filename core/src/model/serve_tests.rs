@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{write_tiny, Model, Sequence, WeightFormat};
+use super::{write_tiny, Grads, Model, PackedRows, ParamId, Sequence, Tape, TrainId, WeightFormat};
 use crate::kernels::Pool;
 use crate::ttt::tests::decoder::{tensors, Tensors};
+use crate::ttt::TttTarget;
 
 /// Hidden states of each part of a text, read one after another.
 fn alone(model: &Model, pool: &Pool, text: &[u32], parts: &[usize]) -> Vec<f32> {
@@ -74,6 +75,7 @@ struct Case {
     name: String,
     model: Model,
     vectors: Tensors,
+    grads: Tensors,
 }
 
 /// Cases of values made by the authors' code, as `core/src/ttt/tests/reference.rs` reads them.
@@ -107,6 +109,7 @@ fn case(path: &Path) -> Case {
         name: path.file_name().unwrap().to_string_lossy().into_owned(),
         model,
         vectors: tensors(&path.join("vectors.safetensors")),
+        grads: tensors(&path.join("grads_len37.safetensors")),
     }
 }
 
@@ -239,4 +242,58 @@ fn sequences_that_learn_stay_apart_in_one_batch_and_can_be_cut_back_to_an_edge()
             .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
         assert!(far < 1e-5, "{far}");
     }
+}
+
+#[test]
+fn ttt_reference_trained_forward_and_backward() {
+    let pool = Pool::new(2, 0);
+    let mut checked = 0;
+    for case in cases() {
+        let config = case.model.config.ttt.as_ref().unwrap();
+        if config.target != TttTarget::HiddenStates {
+            // Training from embeddings is refused; see `TrainPlan`.
+            continue;
+        }
+        let model = &case.model;
+        let ids = case.ids("len37.input_ids");
+        let rows = PackedRows::new(&[ids.len()]);
+        let layers = (0, model.config.num_hidden_layers);
+        let sizes = ParamId::all(&model.config)
+            .into_iter()
+            .map(|id| (TrainId::Full(id), id.shape(&model.config).iter().product()));
+        let mut grads = Grads::new(sizes);
+        // With every block on the tape, and with their inputs alone.
+        for inputs_only in [0, layers.1] {
+            grads.zero();
+            let mut tape = Tape {
+                inputs_only,
+                ..Tape::default()
+            };
+            let mut x = model.embed(&ids).unwrap();
+            model.blocks(&pool, layers, &rows, None, &mut x, Some(&mut tape));
+            let all: Vec<usize> = (0..ids.len()).collect();
+            let logits = model.logits(&pool, &x, &all);
+            let want = &case.vectors["len37.logits_train"];
+            case.close("logits in training", &logits, want, LOGITS);
+            // The reference's loss: the mean over the next tokens.
+            let n = ids.len() - 1;
+            let mut dx = vec![0.0; x.len()];
+            let weights = vec![1.0; n];
+            let scale = 1.0 / n as f32;
+            let asked = (&all[..n], &ids[1..], &weights[..]);
+            model.head_loss(&pool, &x, asked, Some((scale, &mut dx, &mut grads)));
+            model.blocks_backward(&pool, &rows, None, &mut tape, &mut dx, &mut grads);
+            model.embed_backward(&ids, &dx, &mut grads);
+            for (name, want) in &case.grads {
+                let of = |id: &&TrainId| id.name() == *name;
+                let Some(id) = grads.map.keys().find(of) else {
+                    continue;
+                };
+                let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+                case.close(name, &grads.map[id], want, 1e-3 * size);
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked > 20, "{checked} gradients");
 }

@@ -164,21 +164,15 @@ impl TrainPlan {
     pub fn trainable(&self, config: &Config) -> Vec<(TrainId, usize)> {
         let size = |id: ParamId| id.shape(config).iter().product::<usize>();
         let first = self.first_block(config) as u16;
-        // What makes a layer learn while it reads has no gradient in a forward pass that does not.
-        let plain = |id: &ParamId| {
-            let learning = [LayerParam::TttConv, LayerParam::TttProj];
-            !matches!(id, ParamId::Layer(_, p) if learning.contains(p))
-        };
         match self.method {
             Method::Full => ParamId::all(config)
                 .into_iter()
-                .filter(plain)
                 .map(|id| (TrainId::Full(id), size(id)))
                 .collect(),
             Method::Upper { .. } => ParamId::all(config)
                 .into_iter()
                 .filter(|id| match id {
-                    ParamId::Layer(layer, _) => *layer >= first && plain(id),
+                    ParamId::Layer(layer, _) => *layer >= first,
                     ParamId::FinalNorm => true,
                     ParamId::Embed | ParamId::Head => false,
                 })
