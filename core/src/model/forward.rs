@@ -8,7 +8,7 @@ use crate::kernels::{
     add, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, Buffer, Mat, MatMut, Pool,
     Span,
 };
-use crate::ttt::{self, TttConfig, TttLayer, TttMode};
+use crate::ttt::{self, TttConfig, TttLayer, TttMode, TttTarget};
 
 /// Rows up to which a product is memory-bound and read row by row.
 const SMALL_ROWS: usize = 6;
@@ -193,9 +193,12 @@ impl Model {
     }
 
     /// Settings and tensors of a layer whose down-projection learns while a sequence is read, in the forward pass of training too.
+    /// That pass has no embeddings at hand, so targets made from them are for serving alone, and training refuses them.
     pub(super) fn learning_layer(&self, layer: usize) -> Option<(&TttConfig, TttLayer<'_>)> {
         let config = self.config.ttt.as_ref()?;
-        let here = config.mode == TttMode::InPlace && config.layers.contains(&(layer as u16));
+        let here = config.mode == TttMode::InPlace
+            && config.target == TttTarget::HiddenStates
+            && config.layers.contains(&(layer as u16));
         Some((config, self.ttt_layer(layer).filter(|_| here)?))
     }
 

@@ -101,6 +101,15 @@ impl ParamId {
         }
     }
 
+    /// Whether it is the filter or the projection of a layer that learns while it reads. Its gradient is zero where no sequence is
+    /// longer than a chunk.
+    pub fn is_of_learning_layer(self) -> bool {
+        matches!(
+            self,
+            Self::Layer(_, LayerParam::TttConv | LayerParam::TttProj)
+        )
+    }
+
     /// All parameters of a model, in the order of the computation.
     pub fn all(config: &Config) -> Vec<ParamId> {
         use LayerParam::*;

@@ -285,7 +285,7 @@ fn ttt_reference_trained_forward_and_backward() {
             model.blocks_backward(&pool, &rows, None, &mut tape, &mut dx, &mut grads);
             model.embed_backward(&ids, &dx, &mut grads);
             for (name, want) in &case.grads {
-                let of = |id: &&TrainId| id.name() == *name;
+                let of = |id: &&TrainId| *name == format!("grad.{}", id.name());
                 let Some(id) = grads.map.keys().find(of) else {
                     continue;
                 };

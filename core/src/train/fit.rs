@@ -16,6 +16,7 @@ use crate::kernels::{Pool, Random};
 use crate::model::{
     AdapterConfig, Grads, Lora, Model, PackedRows, ParamId, Tape, TrainId, LINEARS,
 };
+use crate::ttt::TttTarget;
 
 /// A prompt and what should be said to it: loss on `ids[target_start..]` alone.
 #[derive(Clone, Debug, PartialEq)]
@@ -188,7 +189,25 @@ pub fn fit(
     let config = base.config.clone();
     let config = &config;
     let compute = base.compute;
-    let trainable = plan.trainable(config);
+    let longest = usable.iter().map(|&i| train[i].ids.len()).max();
+    let longest = longest.expect("some sample is usable");
+    let mut trainable = plan.trainable(config);
+    if let Some(ttt) = &config.ttt {
+        if ttt.target == TttTarget::InputEmbed {
+            return Err(TrainError::Plan(
+                "ttt_target input_embed can be served, not trained: hidden_states can".into(),
+            ));
+        }
+        if longest <= ttt.chunk_len {
+            tracing::warn!(
+                longest,
+                chunk = ttt.chunk_len,
+                "no sample is longer than a chunk: the layers that learn while they read stay as they are"
+            );
+            trainable
+                .retain(|(id, _)| !matches!(id, TrainId::Full(id) if id.is_of_learning_layer()));
+        }
+    }
     let lora = match plan.method {
         Method::Lora { rank, alpha } => Some(Lora::new(
             config,
@@ -204,8 +223,6 @@ pub fn fit(
     let mut trainee = Trainee { model: base, lora };
     trainee.model.compute = plan.compute;
     let _buffers = pool.keeping();
-    let longest = usable.iter().map(|&i| train[i].ids.len()).max();
-    let longest = longest.expect("some sample is usable");
     let all = train.iter().chain(held_out).map(|s| s.ids.len()).sum();
     let memory = Memory::of(plan, config, plan.batch_tokens.max(longest), longest, all);
     let mut tape = Tape::default();

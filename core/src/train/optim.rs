@@ -59,7 +59,11 @@ impl AdamW {
         }
         self.steps += 1;
         if self.steps == 2 {
-            if let Some((id, _)) = norms.iter().find(|(_, n)| **n == 0.0) {
+            let stopped = |(id, norm): &(&TrainId, &f64)| {
+                let short = matches!(id, TrainId::Full(id) if id.is_of_learning_layer());
+                **norm == 0.0 && !short
+            };
+            if let Some((id, _)) = norms.iter().find(stopped) {
                 return Err(TrainError::NoGradient(id.name()));
             }
         }

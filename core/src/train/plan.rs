@@ -187,6 +187,12 @@ impl TrainPlan {
                         (TrainId::LoraB(layer, p), shape[0] * rank),
                     ]
                 })
+                .chain(
+                    ParamId::all(config)
+                        .into_iter()
+                        .filter(|id| id.is_of_learning_layer())
+                        .map(|id| (TrainId::Full(id), size(id))),
+                )
                 .collect(),
         }
     }
