@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::forward::product;
 use super::{LayerParam, Model, ModelError, ParamId, LINEARS};
-use crate::ttt::TttConfig;
 use crate::kernels::{matmul_bf16, Mat, MatMut, PackedBf16, PackedQ4, PackedQ8, Pool};
+use crate::ttt::TttConfig;
 
 /// Numbers in which a model in service keeps its matrices. Norms are always `f32`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{write_tiny, Grads, Model, PackedRows, ParamId, Sequence, Tape, TrainId, WeightFormat};
-use crate::kernels::Pool;
+use super::{
+    write_tiny, FileDtype, Grads, Model, PackedRows, ParamId, Sequence, Tape, TrainId, WeightFormat,
+};
+use crate::kernels::{Pool, Random};
 use crate::ttt::tests::decoder::{tensors, Tensors};
-use crate::ttt::TttTarget;
+use crate::ttt::{TttConfig, TttStart, TttTarget};
 
 /// Hidden states of each part of a text, read one after another.
 fn alone(model: &Model, pool: &Pool, text: &[u32], parts: &[usize]) -> Vec<f32> {
@@ -296,4 +298,36 @@ fn ttt_reference_trained_forward_and_backward() {
         }
     }
     assert!(checked > 20, "{checked} gradients");
+}
+
+#[test]
+fn layers_that_learn_are_added_without_changing_the_model_and_survive_a_file() {
+    let (dir, again) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_tiny(dir.path(), 3).unwrap();
+    let plain = Model::load(dir.path()).unwrap();
+    let pool = Pool::new(2, 0);
+    let ids: Vec<u32> = (0..70).map(|i| 3 + i * 7 % 50).collect();
+    let read = |model: &Model| {
+        let mut sequence = model.sequence(8, true);
+        model.step(&pool, &mut [(&mut sequence, &ids)]).unwrap()
+    };
+    for start in [TttStart::Published, TttStart::NextToken] {
+        let ttt = TttConfig {
+            layers: vec![1],
+            chunk_len: 16,
+            ..TttConfig::default()
+        };
+        let mut random = Random::new(5);
+        let model = plain
+            .clone()
+            .with_ttt(ttt.clone(), start, &mut random)
+            .unwrap();
+        assert_eq!(read(&model), read(&plain), "{start:?}");
+        let twice = model.clone().with_ttt(ttt, start, &mut random);
+        assert!(twice.is_err());
+        model.save(again.path(), FileDtype::F32).unwrap();
+        let loaded = Model::load(again.path()).unwrap();
+        assert_eq!(loaded.config.ttt, model.config.ttt);
+        assert_eq!(loaded.weights.params, model.weights.params);
+    }
 }

@@ -40,7 +40,7 @@ mod rule;
 mod state;
 mod training;
 
-pub use config::{TttConfig, TttLayer, TttMode, TttTarget, PROJ_DEVIATION};
+pub use config::{TttConfig, TttLayer, TttMode, TttStart, TttTarget, PROJ_DEVIATION};
 pub use rule::down;
 pub use state::{forward_rows, Chunk, FastWeight, StartWeight, Update};
 pub use training::{backward, forward, TttGrad};
