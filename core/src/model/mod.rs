@@ -211,6 +211,18 @@ impl Model {
         Ok(self)
     }
 
+    /// Whether the layers that learn while it reads are untrained, so that whatever they read changes nothing.
+    pub fn writes_nothing_yet(&self) -> bool {
+        let zero = |layer: u16, which| {
+            let tensor = self.weights.params.get(&ParamId::Layer(layer, which));
+            tensor.is_some_and(|data| data.iter().all(|x| *x == 0.0))
+        };
+        let layers = self.config.ttt.iter().flat_map(|ttt| &ttt.layers);
+        layers
+            .copied()
+            .all(|l| zero(l, LayerParam::TttConv) || zero(l, LayerParam::TttProj))
+    }
+
     /// Rounds every parameter to the nearest bf16, so that what is evaluated is what a bf16 file will hold.
     pub fn round_to_bf16(&mut self) {
         for param in self.weights.params.values_mut() {

@@ -112,6 +112,9 @@ pub(super) struct State {
     pub best_step: Option<u64>,
 }
 
+/// Share of a job over which the step size of layers that learn while they read comes up.
+const TTT_WARMUP: f64 = 0.1;
+
 /// Copies of the trained tensors.
 pub(super) type Snapshot = Vec<(TrainId, Vec<f32>)>;
 
@@ -228,6 +231,13 @@ pub fn fit(
     let mut tape = Tape::default();
     tape.inputs_only = memory.inputs_only(plan.memory_bytes)?;
     let mut adam = AdamW::new(&trainable, plan.weight_decay);
+    if let Some(ttt) = &plan.ttt {
+        adam.learning_layers = ttt.rate / plan.lr;
+    }
+    // Frozen blocks' outputs are kept, so what they learn while reading must not change: only layers that write nothing yet warm up.
+    let step_size = (trainee.model.config.ttt.as_ref())
+        .filter(|_| trainee.model.writes_nothing_yet())
+        .map(|ttt| ttt.lr);
     let mut state = State {
         plan: Some(plan.clone()),
         data: data_hash.into(),
@@ -289,6 +299,10 @@ pub fn fit(
             let trim = (done >= plan.trim_after).then_some(plan.trim_below);
             grads.zero();
             let attention = pool.attentive();
+            if let (Some(ttt), Some(lr)) = (&mut trainee.model.config.ttt, step_size) {
+                // What untrained filters write at full step size can throw the student off before they have learned what to write.
+                ttt.lr = lr * (done / TTT_WARMUP).clamp(0.003, 1.0) as f32;
+            }
             let outcome = step_gradients(
                 pool, &trainee, train, batch, first, &mut lower, trim, &mut tape, &mut grads,
             )?;
@@ -347,6 +361,9 @@ pub fn fit(
         state.batch = 0;
     }
     let stopped = stopped.unwrap_or(StopReason::Tokens);
+    if let (Some(ttt), Some(lr)) = (&mut trainee.model.config.ttt, step_size) {
+        ttt.lr = lr;
+    }
     if let (StopReason::EarlyStop, Some(best)) = (stopped, best_weights) {
         for (id, data) in best {
             trainee.with(id, &mut |w| w.copy_from_slice(&data));

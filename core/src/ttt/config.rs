@@ -49,7 +49,8 @@ pub enum TttMode {
 }
 
 /// Values with which the filter and the projection of a layer begin; with either the student is exactly its base.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TttStart {
     /// The authors': [`TttConfig::published_start`].
     #[default]
