@@ -240,7 +240,10 @@ fn kept_sequences_stay_within_their_bytes_and_the_oldest_goes_first() {
     assert_eq!(prefixes.bytes(), 2 * each);
     assert!(prefixes.take(&student, 5, &[11; 30], 0, false).is_none());
     assert_eq!(
-        prefixes.take(&student, 10, &[10; 30], 0, false).unwrap().ids,
+        prefixes
+            .take(&student, 10, &[10; 30], 0, false)
+            .unwrap()
+            .ids,
         [10; 29]
     );
     assert_eq!(prefixes.bytes(), each);
