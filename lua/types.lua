@@ -165,6 +165,11 @@
 ---@field seed? number
 ---@field compute? string bf16 or f32: the numbers of products in training
 ---@field memory_mib? number memory a training may take; with less, more is computed twice
+---@field ttt? string layers that learn while the student reads, and how they begin: published, next_token or off
+---@field ttt_every? number every which layer learns
+---@field ttt_chunk? number tokens of a chunk
+---@field ttt_lr? number step size of the updates while reading
+---@field ttt_rate? number learning rate of their filters and projections
 
 ---How the student sees an episode.
 ---@class locum.View

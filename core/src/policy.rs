@@ -401,6 +401,17 @@ pub struct RecipeKnobs {
     pub compute: Option<String>,
     /// Memory that a training may take, in MiB; with less, more is computed twice (see `train`).
     pub memory_mib: Option<usize>,
+    /// Gives the student layers that learn while it reads, and trains them: `published` or `next_token` says with which values they
+    /// begin, `off` (or absence) leaves a base without them as it is.
+    pub ttt: Option<String>,
+    /// Every which layer learns, from the first on.
+    pub ttt_every: Option<usize>,
+    /// Tokens of a chunk.
+    pub ttt_chunk: Option<usize>,
+    /// Step size of the updates, once warmed up.
+    pub ttt_lr: Option<f64>,
+    /// Peak learning rate of the filters and projections, which have no weight decay.
+    pub ttt_rate: Option<f64>,
 }
 
 /// Argument of `gate`.

@@ -302,6 +302,19 @@ pub const RECORDS: &[Record] = &[
                 "number?",
                 "memory a training may take; with less, more is computed twice",
             ),
+            (
+                "ttt",
+                "string?",
+                "layers that learn while the student reads, and how they begin: published, next_token or off",
+            ),
+            ("ttt_every", "number?", "every which layer learns"),
+            ("ttt_chunk", "number?", "tokens of a chunk"),
+            ("ttt_lr", "number?", "step size of the updates while reading"),
+            (
+                "ttt_rate",
+                "number?",
+                "learning rate of their filters and projections",
+            ),
         ],
     },
     Record {

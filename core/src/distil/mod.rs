@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::evaluate::{as_train, evaluate, Question};
 use crate::gate::{self, OfflineReport, Verdict};
 use crate::generate::{Engine, Student};
-use crate::kernels::Pool;
+use crate::kernels::{Pool, Random};
 use crate::model::{write_atomically, WeightFormat};
 use crate::policy::{DatasetInfo, GateInfo, Policy, RecipeKnobs, Settings};
 use crate::registry::{Manifest, Registry};
@@ -157,6 +157,13 @@ pub fn run(
         version => context.registry.load(version)?.1,
     };
     let plan = plan(context, order, &start_model.config, &data, kept as usize)?;
+    let start_model = match &plan.ttt {
+        Some(ttt) if start_model.config.ttt.is_none() => {
+            let layers = ttt.config(start_model.config.num_hidden_layers);
+            start_model.with_ttt(layers, ttt.start, &mut Random::new(plan.seed))?
+        }
+        _ => start_model,
+    };
     let train: Vec<train::Sample> = data
         .train
         .iter()

@@ -112,6 +112,7 @@ fn ask(engine: &Engine, student: &Arc<Student>, question: &Question, at: usize) 
         deadline: Instant::now() + Duration::from_secs(REPLY_SECONDS),
         temperature: 0.0,
         seed: 0,
+        fast_weights: true,
         background: true,
     }))
 }

@@ -82,6 +82,8 @@ pub struct Job {
     /// 0 takes the likeliest token.
     pub temperature: f32,
     pub seed: u64,
+    /// Whether the student's TTT layers, where it has some, learn while they read this episode.
+    pub fast_weights: bool,
     /// Runs only while no other job is there, and ends without a word to `on_done`: whoever submitted it looks at its ticket.
     pub background: bool,
 }
@@ -160,6 +162,10 @@ pub struct EngineCounters {
     pub reply_tokens: u64,
     /// Bytes of kept keys and values.
     pub cache_bytes: u64,
+    /// Updates of fast weights, those that were taken back because the weight had drifted too far, and the largest drift that stayed.
+    pub fast_updates: u64,
+    pub fast_trips: u64,
+    pub fast_drift: f64,
     /// Tokens a second while reading prompts, over all time.
     pub prefill_tok_s: f64,
     /// Tokens a second while writing replies, of all sequences together, over all time.

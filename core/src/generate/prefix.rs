@@ -43,13 +43,15 @@ impl Prefixes {
 
     /// A sequence of this student that holds the beginning of `tokens`, never all of them (the last one has to be read for
     /// there to be logits), or `None`. The episode's own sequence is taken out and cut back; of another episode's, which that
-    /// episode will want again, the common part is copied into a sequence with room for `capacity` tokens.
+    /// episode will want again, the common part is copied into a sequence with room for `capacity` tokens. A sequence that learns while
+    /// it is read is only for jobs that want one, and only as far back as the last edge of its chunks.
     pub fn take(
         &mut self,
         student: &Student,
         key: u128,
         tokens: &[u32],
         capacity: usize,
+        learning: bool,
     ) -> Option<Sequence> {
         let most = tokens.len().saturating_sub(1);
         let common = |kept: &Kept| {
@@ -62,7 +64,8 @@ impl Prefixes {
             same.count().min(most)
         };
         let best = |own: bool, kept: &[Kept]| {
-            let of_student = kept.iter().enumerate().filter(|(_, k)| k.is_of(student));
+            let usable = |k: &Kept| k.is_of(student) && k.sequence.fast.is_on() == learning;
+            let of_student = kept.iter().enumerate().filter(|(_, k)| usable(k));
             let candidates = of_student.filter(|(_, k)| (k.key == key) == own);
             candidates.map(|(at, k)| (common(k), at)).max()
         };
@@ -72,21 +75,20 @@ impl Prefixes {
             // A prompt that has only the template's first words in common with its episode takes a neighbour's prefix.
             if other.is_none_or(|(others, _)| shared >= others) {
                 let mut sequence = self.remove(at).sequence;
-                sequence.truncate(shared);
-                return Some(sequence);
+                return sequence.truncate(shared).then_some(sequence);
             }
         }
         let (shared, at) = other?;
         let used = self.kept.remove(at);
         let sequence = used.sequence.prefix(shared, capacity);
         self.kept.push(used);
-        Some(sequence)
+        sequence
     }
 
     /// Keeps a sequence of an answer that ended in place of the episode's earlier one, and forgets the least recently used
     /// ones above the limit.
     pub fn put(&mut self, student: &Student, key: u128, sequence: Sequence) {
-        if sequence.ids.is_empty() || !sequence.fast.down.is_empty() {
+        if sequence.ids.is_empty() {
             return;
         }
         if let Some(at) = self
@@ -96,7 +98,7 @@ impl Prefixes {
         {
             self.remove(at);
         }
-        self.bytes += sequence.kv.bytes();
+        self.bytes += sequence.bytes();
         self.kept.push(Kept {
             version: student.version,
             id: student.id.clone(),
@@ -111,12 +113,12 @@ impl Prefixes {
     /// Forgets the sequences of all other students.
     pub fn keep_only(&mut self, versions: &[u64]) {
         self.kept.retain(|kept| versions.contains(&kept.version));
-        self.bytes = self.kept.iter().map(|kept| kept.sequence.kv.bytes()).sum();
+        self.bytes = self.kept.iter().map(|kept| kept.sequence.bytes()).sum();
     }
 
     fn remove(&mut self, at: usize) -> Kept {
         let kept = self.kept.remove(at);
-        self.bytes -= kept.sequence.kv.bytes();
+        self.bytes -= kept.sequence.bytes();
         kept
     }
 }

@@ -40,6 +40,7 @@ fn job(student: &Arc<Student>, prompt: &str) -> Job {
         deadline: Instant::now() + LONG,
         temperature: 0.0,
         seed: 0,
+        fast_weights: true,
         background: false,
     }
 }
@@ -230,16 +231,19 @@ fn kept_sequences_stay_within_their_bytes_and_the_oldest_goes_first() {
         prefixes.put(&student, key, sequence(key as u32));
     }
     // A use by another episode counts as a use.
-    let copy = prefixes.take(&student, 5, &[10; 21], 0).unwrap();
+    let copy = prefixes.take(&student, 5, &[10; 21], 0, false).unwrap();
     assert_eq!(
         (copy.ids.len(), copy.kv.len(), prefixes.bytes()),
         (20, 20, 2 * each)
     );
     prefixes.put(&student, 12, sequence(12));
     assert_eq!(prefixes.bytes(), 2 * each);
-    assert!(prefixes.take(&student, 5, &[11; 30], 0).is_none());
+    assert!(prefixes.take(&student, 5, &[11; 30], 0, false).is_none());
     assert_eq!(
-        prefixes.take(&student, 10, &[10; 30], 0).unwrap().ids,
+        prefixes
+            .take(&student, 10, &[10; 30], 0, false)
+            .unwrap()
+            .ids,
         [10; 29]
     );
     assert_eq!(prefixes.bytes(), each);
@@ -392,6 +396,7 @@ fn an_answer_keeps_the_student_it_began_with() {
     assert_ne!(expected[0], expected[1]);
     let first = engine.submit(long(&old));
     let behind = engine.submit(Job {
+        fast_weights: true,
         background: true,
         key: 9,
         ..long(&old)
@@ -423,6 +428,7 @@ fn every_job_but_those_in_the_background_is_reported_and_a_panic_costs_all_answe
     outcome(&before).unwrap();
     wrong.store(false, SeqCst);
     let quiet = engine.submit(Job {
+        fast_weights: true,
         background: true,
         ..job(&good, "go")
     });
@@ -472,6 +478,7 @@ fn the_gate_is_closed_while_a_job_is_in_the_foreground_and_open_afterwards_howev
         outcome(&ticket).unwrap();
         gate.pass();
         let background = Job {
+            fast_weights: true,
             background: true,
             ..job(&student, &prompt)
         };

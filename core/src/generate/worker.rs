@@ -185,8 +185,9 @@ impl Active {
         }
         let capacity = self.tokens.len() + self.max_tokens.min(REPLY_ROOM);
         let student = &self.job.student;
-        let found = prefixes.take(student, self.job.key, &self.tokens, capacity);
-        let sequence = found.unwrap_or_else(|| Sequence::new(&student.model.config, capacity));
+        let learning = self.job.fast_weights && student.model.config.ttt.is_some();
+        let found = prefixes.take(student, self.job.key, &self.tokens, capacity, learning);
+        let sequence = found.unwrap_or_else(|| student.model.sequence(capacity, learning));
         self.cached_tokens = sequence.ids.len().min(self.prompt_len);
         self.sequence = Some(sequence);
         None
@@ -502,7 +503,7 @@ impl Worker {
         };
         let (mut rows, mut asking) = (Vec::new(), Vec::new());
         let (mut end_row, mut prefill, mut decode) = (0, 0, 0);
-        for (at, sequence, tokens) in parts {
+        for (at, mut sequence, tokens) in parts {
             end_row += tokens;
             let active = &mut self.active[at];
             match active.first_token {
@@ -513,6 +514,12 @@ impl Worker {
                 rows.push(end_row - 1);
                 asking.push(at);
             }
+            for (_, update) in sequence.fast.updates.drain(..) {
+                self.counters.fast_updates += 1;
+                self.counters.fast_trips += u64::from(update.tripped);
+            }
+            let drift = f64::from(sequence.fast.drift());
+            self.counters.fast_drift = self.counters.fast_drift.max(drift);
             active.sequence = Some(sequence);
         }
         if !rows.is_empty() {

@@ -367,6 +367,11 @@ pub struct EngineStats {
     pub cached_tokens: u64,
     pub reply_tokens: u64,
     pub cache_bytes: u64,
+    /// Updates of the down-projections that learn while they read; those taken back for having drifted past their cap; and the
+    /// largest drift that stayed.
+    pub fast_updates: u64,
+    pub fast_trips: u64,
+    pub fast_drift: f64,
     pub prefill_tok_s: f64,
     pub decode_tok_s: f64,
     pub kernels: String,

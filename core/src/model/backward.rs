@@ -7,9 +7,10 @@ use super::forward::{BlockTape, Kept, PackedRows, Tape};
 use super::params::LayerParam::{self, *};
 use super::{Lora, Model, ParamId};
 use crate::kernels::{
-    attention_backward, cross_entropy, matmul, rms_norm, rms_norm_backward, rope_backward,
+    add, attention_backward, cross_entropy, matmul, rms_norm, rms_norm_backward, rope_backward,
     swiglu_backward, AttentionGrad, AttentionShape, Mat, MatMut, Pool, RowLoss, SharedMut,
 };
+use crate::ttt::{self, TttConfig, TttGrad, TttLayer};
 
 /// A tensor that training moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -194,6 +195,46 @@ impl Model {
         }
     }
 
+    /// Backward through a down-projection that learns: adds to `dact` (t, f) and `du` (t, d), and to the sums of its filter and
+    /// projection if they train.
+    #[allow(clippy::too_many_arguments)]
+    fn learning_backward(
+        &self,
+        linear: &LinearBackward,
+        rows: &PackedRows,
+        (config, trained): (&TttConfig, TttLayer),
+        tape: &BlockTape,
+        dy: &[f32],
+        dact: &mut [f32],
+        du: &mut [f32],
+        grads: &mut Grads,
+    ) {
+        let (d, f) = (self.config.hidden_size, self.config.intermediate_size);
+        let id = |which| ParamId::Layer(linear.layer as u16, which);
+        let merged = linear
+            .lora
+            .and_then(|l| l.merged(linear.pool, self, id(Down)));
+        let w = merged.as_deref().unwrap_or(self.param(id(Down)));
+        let [conv, proj] = [TttConv, TttProj].map(|which| TrainId::Full(id(which)));
+        let mut sums = [conv, proj].map(|key| grads.map.remove(&key));
+        let [dconv, dproj] = &mut sums;
+        for &(row, len) in &rows.spans {
+            let (z, u) = (row * f..(row + len) * f, row * d..(row + len) * d);
+            let grad = TttGrad {
+                dz: &mut dact[z.clone()],
+                du: Some(&mut du[u.clone()]),
+                dw: None,
+                dconv: dconv.as_deref_mut(),
+                dproj: dproj.as_deref_mut(),
+            };
+            let seen = (&tape.act[z], &tape.n2[u.clone()], &dy[u]);
+            ttt::backward(Some(linear.pool), config, trained, w, seen, grad);
+        }
+        for (key, sum) in [conv, proj].into_iter().zip(sums) {
+            grads.map.extend(sum.map(|sum| (key, sum)));
+        }
+    }
+
     /// Adds the gradient of the embedding's rows, if the embedding trains: dx (t, d) for tokens `ids` (t).
     pub fn embed_backward(&self, ids: &[u32], dx: &[f32], grads: &mut Grads) {
         let d = self.config.hidden_size;
@@ -234,6 +275,14 @@ impl Model {
         // x_out = x2 + down(act)
         let mut dact = pool.buffer(t * f);
         linear.run(Down, &tape.act, dx, (f, d), &mut dact, false, grads);
+        let du = self.learning_layer(layer).map(|trained| {
+            // The weight that a sequence begins with has the gradient that `linear` has just added; the activations reach further.
+            dact.fill(0.0);
+            let mut du = pool.buffer(t * d);
+            du.fill(0.0);
+            self.learning_backward(&linear, rows, trained, &tape, dx, &mut dact, &mut du, grads);
+            du
+        });
         drop(tape.act);
         let (mut dgate, mut dup) = (pool.buffer(t * f), pool.buffer(t * f));
         swiglu_backward(
@@ -247,6 +296,9 @@ impl Model {
         let mut dn = pool.buffer(t * d);
         linear.run(Gate, &tape.n2, &dgate, (d, f), &mut dn, false, grads);
         linear.run(Up, &tape.n2, &dup, (d, f), &mut dn, true, grads);
+        if let Some(du) = du {
+            add(pool, &du, &mut dn);
+        }
         rms_norm_backward(
             Some(pool),
             &tape.x2,

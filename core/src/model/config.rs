@@ -1,9 +1,10 @@
 //! `config.json`, read and checked once: the dimensions of a Llama- or Qwen3-type decoder.
 
-use crate::kernels::AttentionShape;
 use serde_json::{json, Value};
 
 use super::ModelError;
+use crate::kernels::AttentionShape;
+use crate::ttt::{TttConfig, TttError};
 
 /// Dimensions and constants of a decoder, named as in Hugging Face configs.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +22,8 @@ pub struct Config {
     pub rope_theta: f64,
     pub rope_scaling: Option<Llama3Scaling>,
     pub tie_word_embeddings: bool,
+    /// The layers that learn while they read, where there are some.
+    pub ttt: Option<TttConfig>,
     /// The file as it came, so that it can be written again with nothing lost.
     pub raw: Value,
 }
@@ -132,12 +135,17 @@ impl Config {
         };
         let rope_scaling =
             rope_scaling(parameters.or_else(|| raw.get("rope_scaling").filter(|v| v.is_object())))?;
+        let num_hidden_layers = need("num_hidden_layers", 1, 512)?;
+        let ttt = TttConfig::from_json(raw, num_hidden_layers).map_err(|e| match e {
+            TttError::Config { field, found } => ModelError::Config { field, found },
+            other => ModelError::Unsupported(other.to_string()),
+        })?;
         Ok(Self {
             architecture,
             vocab_size: need("vocab_size", 1, 1 << 20)?,
             hidden_size,
             intermediate_size: need("intermediate_size", 1, 1 << 18)?,
-            num_hidden_layers: need("num_hidden_layers", 1, 512)?,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
@@ -149,6 +157,7 @@ impl Config {
                 .get("tie_word_embeddings")
                 .and_then(Value::as_bool)
                 .unwrap_or(false),
+            ttt,
             raw: raw.clone(),
         })
     }

@@ -8,6 +8,7 @@ use crate::kernels::{
     add, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, Buffer, Mat, MatMut, Pool,
     Span,
 };
+use crate::ttt::{self, TttConfig, TttLayer, TttMode, TttTarget};
 
 /// Rows up to which a product is memory-bound and read row by row.
 const SMALL_ROWS: usize = 6;
@@ -191,6 +192,16 @@ impl Model {
         logits
     }
 
+    /// Settings and tensors of a layer whose down-projection learns while a sequence is read, in the forward pass of training too.
+    /// That pass has no embeddings at hand, so targets made from them are for serving alone, and training refuses them.
+    pub(super) fn learning_layer(&self, layer: usize) -> Option<(&TttConfig, TttLayer<'_>)> {
+        let config = self.config.ttt.as_ref()?;
+        let here = config.mode == TttMode::InPlace
+            && config.target == TttTarget::HiddenStates
+            && config.layers.contains(&(layer as u16));
+        Some((config, self.ttt_layer(layer).filter(|_| here)?))
+    }
+
     /// One block: `x += o(attention(norm(x)))`, then `x += down(silu(gate) ∘ up)` of the norm of that.
     #[allow(clippy::too_many_arguments)]
     fn block(
@@ -280,7 +291,21 @@ impl Model {
         swiglu(Some(pool), &gate, &up, f, &mut act);
         let (input, tape) = match extent {
             Extent::Whole(tape) => {
-                let mut y = linear(Down, &act, f, d);
+                let mut y = match self.learning_layer(layer) {
+                    None => linear(Down, &act, f, d),
+                    Some(trained) => {
+                        let id = ParamId::Layer(layer as u16, Down);
+                        let merged = lora.and_then(|l| l.merged(pool, self, id));
+                        let w = merged.as_deref().unwrap_or(self.param(id));
+                        let mut y = pool.buffer(t * d);
+                        for &(row, len) in &rows.spans {
+                            let (z, u) = (row * f..(row + len) * f, row * d..(row + len) * d);
+                            let seen = (&act[z], &n2[u.clone()]);
+                            ttt::forward(Some(pool), trained.0, trained.1, w, seen, &mut y[u]);
+                        }
+                        y
+                    }
+                };
                 add(pool, &x2, &mut y);
                 (std::mem::replace(x, y), tape)
             }

@@ -457,6 +457,9 @@ fn gguf_name(id: ParamId) -> String {
                 LayerParam::Gate => "ffn_gate",
                 LayerParam::Up => "ffn_up",
                 LayerParam::Down => "ffn_down",
+                // No GGUF file has them, and its config asks for none.
+                LayerParam::TttConv => "ttt_conv",
+                LayerParam::TttProj => "ttt_proj",
             };
             format!("blk.{i}.{part}.weight")
         }

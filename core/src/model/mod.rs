@@ -13,6 +13,8 @@ mod packed;
 mod params;
 mod sequence;
 mod serve;
+#[cfg(test)]
+mod serve_tests;
 mod tiny;
 mod weights;
 
@@ -33,7 +35,8 @@ pub use weights::{
     decode, encode, read_config, write_atomically, write_safetensors, FileDtype, Param, Weights,
 };
 
-use crate::kernels::RopeTable;
+use crate::kernels::{Random, RopeTable};
+use crate::ttt::{TttConfig, TttStart};
 
 /// What can be wrong with a model's files or with a call to it.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +162,65 @@ impl Model {
         } else {
             ParamId::Head
         }
+    }
+
+    /// The model with layers that learn while it reads, untrained as yet, so that it still computes what it did.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for settings that are impossible, [`ModelError::Unsupported`] for a start that they have no room for, a
+    /// model that has such layers already, or one packed for serving.
+    pub fn with_ttt(
+        mut self,
+        ttt: TttConfig,
+        start: TttStart,
+        random: &mut Random,
+    ) -> Result<Self, ModelError> {
+        self.check_plain()?;
+        if self.config.ttt.is_some() {
+            let why = "it has layers that learn while it reads already";
+            return Err(ModelError::Unsupported(why.into()));
+        }
+        if start == TttStart::NextToken && (!ttt.proj || ttt.kernel_size < 3) {
+            let why = "the next token as a target needs a projection and a filter that looks ahead";
+            return Err(ModelError::Unsupported(why.into()));
+        }
+        let mut raw = self.config.raw.clone();
+        if let Some(fields) = raw.as_object_mut() {
+            fields.extend(ttt.to_json());
+        }
+        // As if read from the file, so that what is saved can be read again; the cap is not in the file.
+        let mut config = Config::from_json(&raw)?;
+        if let Some(read) = &mut config.ttt {
+            read.max_drift = ttt.max_drift;
+        }
+        for &layer in &ttt.layers {
+            let (conv, proj) = match start {
+                TttStart::Published => ttt.published_start(config.hidden_size, random),
+                TttStart::NextToken => ttt.next_token_start(config.hidden_size),
+            };
+            let mut put = |which, data: Vec<f32>| {
+                let id = ParamId::Layer(layer, which);
+                self.weights.params.insert(id, Arc::new(data))
+            };
+            put(LayerParam::TttConv, conv);
+            if let Some(proj) = proj {
+                put(LayerParam::TttProj, proj);
+            }
+        }
+        self.config = config;
+        Ok(self)
+    }
+
+    /// Whether the layers that learn while it reads are untrained, so that whatever they read changes nothing.
+    pub fn writes_nothing_yet(&self) -> bool {
+        let zero = |layer: u16, which| {
+            let tensor = self.weights.params.get(&ParamId::Layer(layer, which));
+            tensor.is_some_and(|data| data.iter().all(|x| *x == 0.0))
+        };
+        let layers = self.config.ttt.iter().flat_map(|ttt| &ttt.layers);
+        layers
+            .copied()
+            .all(|l| zero(l, LayerParam::TttConv) || zero(l, LayerParam::TttProj))
     }
 
     /// Rounds every parameter to the nearest bf16, so that what is evaluated is what a bf16 file will hold.

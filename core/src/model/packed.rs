@@ -5,8 +5,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::forward::product;
-use super::{Model, ModelError, ParamId, LINEARS};
+use super::{LayerParam, Model, ModelError, ParamId, LINEARS};
 use crate::kernels::{matmul_bf16, Mat, MatMut, PackedBf16, PackedQ4, PackedQ8, Pool};
+use crate::ttt::TttConfig;
 
 /// Numbers in which a model in service keeps its matrices. Norms are always `f32`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,9 +119,18 @@ impl Model {
                 _ => format,
             };
             let shape = id.shape(&self.config);
+            // A down-projection that learns begins with the trained numbers, not with their rounding.
+            let learns = |ttt: &TttConfig| {
+                let layers = ttt.layers.iter();
+                layers
+                    .clone()
+                    .any(|layer| id == ParamId::Layer(*layer, LayerParam::Down))
+            };
             if let Some(new) = Packed::new(format, w, shape[0], shape[1]) {
                 packed.insert(id, Arc::new(new));
-                self.weights.params.remove(&id);
+                if !self.config.ttt.as_ref().is_some_and(learns) {
+                    self.weights.params.remove(&id);
+                }
             }
         }
         self.packed = Arc::new(packed);

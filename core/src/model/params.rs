@@ -28,6 +28,9 @@ pub enum LayerParam {
     Gate,
     Up,
     Down,
+    /// The filter and the projection of a layer that learns while it reads; see [`crate::ttt`].
+    TttConv,
+    TttProj,
 }
 
 /// The seven matrices of a block that LoRA can adapt.
@@ -56,10 +59,12 @@ impl LayerParam {
             Self::Gate => "mlp.gate_proj",
             Self::Up => "mlp.up_proj",
             Self::Down => "mlp.down_proj",
+            Self::TttConv => "mlp.ttt_conv",
+            Self::TttProj => "mlp.ttt_proj",
         }
     }
 
-    /// (out, in) of a matrix, (n) of a norm.
+    /// (out, in) of a matrix, (n) of a norm, (d, 1, k) of a filter of k taps a channel.
     pub fn shape(self, config: &Config) -> Vec<usize> {
         let (d, f) = (config.hidden_size, config.intermediate_size);
         match self {
@@ -70,6 +75,8 @@ impl LayerParam {
             Self::O => vec![d, config.q_size()],
             Self::Gate | Self::Up => vec![f, d],
             Self::Down => vec![d, f],
+            Self::TttConv => vec![d, 1, config.ttt.as_ref().map_or(0, |t| t.kernel_size)],
+            Self::TttProj => vec![d, d],
         }
     }
 }
@@ -94,6 +101,15 @@ impl ParamId {
         }
     }
 
+    /// Whether it is the filter or the projection of a layer that learns while it reads. Its gradient is zero where no sequence is
+    /// longer than a chunk.
+    pub fn is_of_learning_layer(self) -> bool {
+        matches!(
+            self,
+            Self::Layer(_, LayerParam::TttConv | LayerParam::TttProj)
+        )
+    }
+
     /// All parameters of a model, in the order of the computation.
     pub fn all(config: &Config) -> Vec<ParamId> {
         use LayerParam::*;
@@ -107,6 +123,12 @@ impl ParamId {
             [O, PostNorm, Gate, Up, Down]
                 .into_iter()
                 .for_each(&mut push);
+            if let Some(ttt) = config.ttt.as_ref().filter(|t| t.layers.contains(&i)) {
+                push(TttConv);
+                if ttt.proj {
+                    push(TttProj);
+                }
+            }
         }
         ids.push(Self::FinalNorm);
         if !config.tie_word_embeddings {

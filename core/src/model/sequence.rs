@@ -1,9 +1,11 @@
 //! What belongs to one sequence: its keys and values, and its fast weights. Saved, cut back and dropped together.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::Config;
 use crate::kernels::KeyLayout;
+use crate::ttt::{FastWeight, TttConfig, Update};
 
 /// Keys and values of one sequence, `len` positions of them filled: per layer keys as [`KeyLayout`] has them and values
 /// (capacity, g, e).
@@ -101,12 +103,44 @@ impl KvCache {
     }
 }
 
-/// Down-projections of this sequence alone (d, f), by layer. A layer that is absent uses the model's own.
-///
-/// The down-projection of every layer is a state of the sequence from the start: this is where chunk-wise updates live.
+/// What of the model belongs to this sequence alone: the down-projections that learn while it is read. Without any, the model stands as
+/// it was trained.
 #[derive(Clone, Default)]
 pub struct FastWeights {
-    pub down: BTreeMap<u16, Vec<f32>>,
+    pub layers: BTreeMap<u16, FastWeight>,
+    /// What was learned since somebody last took these, with the layer it was learned in.
+    pub updates: Vec<(u16, Update)>,
+    pub(super) config: Option<Arc<TttConfig>>,
+}
+
+impl FastWeights {
+    /// Whether anything learns.
+    pub fn is_on(&self) -> bool {
+        !self.layers.is_empty()
+    }
+
+    /// The largest drift of a layer now.
+    pub fn drift(&self) -> f32 {
+        self.layers
+            .values()
+            .fold(0.0, |most, fast| most.max(fast.drift()))
+    }
+
+    /// Bytes held for this sequence.
+    pub fn bytes(&self) -> usize {
+        self.layers.values().map(FastWeight::bytes).sum()
+    }
+
+    /// Forgets the tokens from `position` on; false, and nothing changed, if an update since then cannot be taken back.
+    fn truncate(&mut self, position: usize) -> bool {
+        let Some(config) = &self.config else {
+            return true;
+        };
+        // All layers stand on the same grid, so either all can go back or none.
+        self.layers
+            .values_mut()
+            .all(|fast| fast.truncate(config, position).is_ok())
+    }
 }
 
 /// A sequence in progress.
@@ -119,7 +153,7 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// An empty sequence with room for `capacity` tokens.
+    /// An empty sequence with room for `capacity` tokens, in which nothing learns.
     pub fn new(config: &Config, capacity: usize) -> Self {
         Self {
             ids: Vec::new(),
@@ -128,34 +162,35 @@ impl Sequence {
         }
     }
 
-    /// A sequence that begins with this one's first `len` tokens, with room for `capacity`; nothing beyond them is copied.
-    ///
-    /// # Panics
-    /// If the sequence has fast weights, which belong to all of it.
-    pub fn prefix(&self, len: usize, capacity: usize) -> Self {
-        assert!(
-            self.fast.down.is_empty(),
-            "a sequence with fast weights cannot be cut back"
-        );
-        let len = len.min(self.ids.len());
-        Self {
-            ids: self.ids[..len].to_vec(),
-            kv: self.kv.prefix(len, capacity),
-            fast: FastWeights::default(),
-        }
+    /// Bytes of keys, values and fast weights.
+    pub fn bytes(&self) -> usize {
+        self.kv.bytes() + self.fast.bytes()
     }
 
-    /// Cuts the sequence back to its first `len` tokens. Only allowed while no fast weights have been written,
-    /// for an update cannot be taken back.
-    ///
-    /// # Panics
-    /// If the sequence has fast weights.
-    pub fn truncate(&mut self, len: usize) {
-        assert!(
-            self.fast.down.is_empty(),
-            "a sequence with fast weights cannot be cut back"
-        );
+    /// A sequence that begins with this one's first `len` tokens, with room for `capacity`; nothing beyond them is copied. `None` if
+    /// what was learned from later tokens cannot be taken back.
+    pub fn prefix(&self, len: usize, capacity: usize) -> Option<Self> {
+        let len = len.min(self.ids.len());
+        let mut fast = FastWeights {
+            updates: Vec::new(),
+            ..self.fast.clone()
+        };
+        fast.truncate(len).then(|| Self {
+            ids: self.ids[..len].to_vec(),
+            kv: self.kv.prefix(len, capacity),
+            fast,
+        })
+    }
+
+    /// Cuts the sequence back to its first `len` tokens; false, and nothing changed, if what was learned from later ones cannot be
+    /// taken back.
+    #[must_use]
+    pub fn truncate(&mut self, len: usize) -> bool {
+        if !self.fast.truncate(len) {
+            return false;
+        }
         self.ids.truncate(len);
         self.kv.truncate(len);
+        true
     }
 }

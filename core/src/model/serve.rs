@@ -6,20 +6,23 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::config::Architecture;
-use super::forward::product;
 use super::params::LayerParam::{self, *};
-use super::{Model, ModelError, ParamId, Sequence};
+use super::{FastWeights, Model, ModelError, ParamId, Sequence};
 use crate::kernels::{
     add_in_place, attention, attention_of_rows, rms_norm, rope, swiglu_in_place, Pool, SharedMut,
     Span,
 };
+use crate::ttt::{down, Chunk, FastWeight, StartWeight, TttLayer, TttTarget};
 
 /// Rows from which on a batch is cut into tiles: below, a tile would stream the weights for too few rows.
 const MIN_TILED_ROWS: usize = 25;
 /// Most rows of a tile: with activations of 1 to 2 MB for models of this size.
 const TILE_ROWS: usize = 64;
+/// Tokens between two turns at the sum of a chunk's edge.
+const AHEAD_ROWS: usize = 16;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -33,8 +36,6 @@ struct Reading<'a> {
     pos: usize,
     /// Keys and values of each layer.
     layers: Vec<(SharedMut<'a, f32>, SharedMut<'a, f32>)>,
-    /// Down-projections of this sequence alone, by layer.
-    down: &'a std::collections::BTreeMap<u16, Vec<f32>>,
 }
 
 impl Reading<'_> {
@@ -59,7 +60,42 @@ struct Step<'a> {
     q: SharedMut<'a, f32>,
 }
 
+/// What a layer that learns reads of all rows: activations (t, f), and what its targets are made from (t, d).
+struct Seen<'a> {
+    z: SharedMut<'a, f32>,
+    u: SharedMut<'a, f32>,
+}
+
 impl Model {
+    /// An empty sequence with room for `capacity` tokens. With `learning`, the model's TTT layers learn while it is read, each from
+    /// its trained weight on.
+    pub fn sequence(&self, capacity: usize, learning: bool) -> Sequence {
+        let mut sequence = Sequence::new(&self.config, capacity);
+        let Some(config) = self.config.ttt.as_ref().filter(|_| learning) else {
+            return sequence;
+        };
+        for &layer in &config.layers {
+            let w = self.weights.params[&ParamId::Layer(layer, Down)].clone();
+            let start = StartWeight::new(w, self.config.hidden_size);
+            sequence.fast.layers.insert(layer, FastWeight::new(&start));
+        }
+        sequence.fast.config = Some(Arc::new(config.clone()));
+        sequence
+    }
+
+    /// What was trained for a layer that learns.
+    pub fn ttt_layer(&self, layer: usize) -> Option<TttLayer<'_>> {
+        let config = self.config.ttt.as_ref()?;
+        let tensor = |which| {
+            self.weights
+                .params
+                .get(&ParamId::Layer(layer as u16, which))
+        };
+        let conv = tensor(TttConv)?;
+        let proj = tensor(TttProj).map(|p| &p[..]);
+        TttLayer::new(config, self.config.hidden_size, conv, proj).ok()
+    }
+
     /// Reads new tokens of several sequences at once and returns the last block's output for every row, packed in order: (t, d).
     /// Afterwards each sequence's cache and ids hold the new tokens. A prefill and any number of decoding sequences may share a call.
     ///
@@ -89,9 +125,15 @@ impl Model {
         let mut q = vec![0.0; t * self.config.q_size()];
         let mut row = 0;
         let mut readings = Vec::with_capacity(batch.len());
+        let mut fasts = Vec::with_capacity(batch.len());
+        let embedded = match self.config.ttt.as_ref().map(|t| t.target) {
+            Some(TttTarget::InputEmbed) => x.clone(),
+            _ => Vec::new(),
+        };
         for (sequence, new) in batch.iter_mut() {
             let (pos, len) = (sequence.kv.len(), new.len());
             sequence.kv.reserve(pos + len);
+            fasts.push(&mut sequence.fast);
             let layers = sequence.kv.layers_mut();
             readings.push(Reading {
                 row,
@@ -100,7 +142,6 @@ impl Model {
                 layers: layers
                     .map(|(k, v)| (SharedMut::new(k), SharedMut::new(v)))
                     .collect(),
-                down: &sequence.fast.down,
             });
             row += len;
         }
@@ -111,7 +152,7 @@ impl Model {
             x: SharedMut::new(&mut x),
             q: SharedMut::new(&mut q),
         };
-        step.run(pool);
+        step.run(pool, &mut fasts, &embedded);
         for (sequence, new) in batch.iter_mut() {
             sequence.kv.advance(new.len());
             sequence.ids.extend_from_slice(new);
@@ -121,35 +162,132 @@ impl Model {
 }
 
 impl Step<'_> {
-    fn run(&self, pool: &Pool) {
+    fn run(&self, pool: &Pool, fasts: &mut [&mut FastWeights], embedded: &[f32]) {
         let t = self.positions.len();
+        let (d, f) = (
+            self.model.config.hidden_size,
+            self.model.config.intermediate_size,
+        );
         let layers = self.model.config.num_hidden_layers;
-        if t < MIN_TILED_ROWS {
-            for layer in 0..layers {
-                // SAFETY: one call at a time, with all rows.
-                unsafe {
-                    self.before_attention(Some(pool), layer, 0..t);
-                    self.after_attention(Some(pool), layer, 0..t);
-                }
-            }
-            return;
-        }
-        let tiles = t.div_ceil(TILE_ROWS).next_multiple_of(pool.threads());
+        let learns = |layer: usize| {
+            let of = |fast: &&mut FastWeights| fast.layers.contains_key(&(layer as u16));
+            fasts.iter().any(of)
+        };
+        let learning: Vec<bool> = (0..layers).map(learns).collect();
+        let room = if learning.contains(&true) { t } else { 0 };
+        let (mut z, mut u) = (vec![0.0; room * f], vec![0.0; room * d]);
+        let few = t < MIN_TILED_ROWS;
+        let tiles = match few {
+            true => 1,
+            false => t.div_ceil(TILE_ROWS).next_multiple_of(pool.threads()),
+        };
+        let inner = few.then_some(pool);
         for layer in 0..=layers {
+            let learned = layer > 0 && learning[layer - 1];
+            if learned {
+                let seen = Seen {
+                    z: SharedMut::new(&mut z),
+                    u: SharedMut::new(&mut u),
+                };
+                pool.run(tiles, |tile| {
+                    let rows = t * tile / tiles..t * (tile + 1) / tiles;
+                    // SAFETY: tiles share no rows, and keys and values of that layer were written in the loop before.
+                    unsafe { self.after_attention(inner, layer - 1, rows, Some(&seen)) }
+                });
+                let u = if embedded.is_empty() { &u } else { embedded };
+                self.learn(pool, layer - 1, (&z, u), fasts);
+            }
             pool.run(tiles, |tile| {
                 let rows = t * tile / tiles..t * (tile + 1) / tiles;
                 // SAFETY: tiles share no rows. What the attention of layer - 1 reads of other tiles' keys and values was written in
                 // the loop before; this loop writes those of `layer`.
                 unsafe {
-                    if layer > 0 {
-                        self.after_attention(None, layer - 1, rows.clone());
+                    if layer > 0 && !learned {
+                        self.after_attention(inner, layer - 1, rows.clone(), None);
                     }
                     if layer < layers {
-                        self.before_attention(None, layer, rows);
+                        self.before_attention(inner, layer, rows);
                     }
                 }
             });
         }
+    }
+
+    /// `x += down(z)` in a layer that learns, for all rows, each sequence by its own weight and up to each chunk's edge, where it then
+    /// learns. Sequences that have not learned anything yet share the model's own product.
+    fn learn(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        (z, u): (&[f32], &[f32]),
+        fasts: &mut [&mut FastWeights],
+    ) {
+        let (d, f) = (
+            self.model.config.hidden_size,
+            self.model.config.intermediate_size,
+        );
+        let (Some(config), Some(trained)) = (&self.model.config.ttt, self.model.ttt_layer(layer))
+        else {
+            unreachable!("layer {layer} learns without having been trained to");
+        };
+        let mut y = vec![0.0; self.positions.len() * d];
+        let mut plain = 0..0;
+        let mut own_product = |rows: Range<usize>, y: &mut [f32]| {
+            if plain.end != rows.start {
+                let done = std::mem::replace(&mut plain, rows.clone());
+                self.plain_down(pool, layer, done, z, y);
+            }
+            plain.end = rows.end;
+        };
+        for (reading, fast) in self.readings.iter().zip(fasts) {
+            let end = reading.row + reading.len;
+            let FastWeights {
+                layers, updates, ..
+            } = &mut **fast;
+            let Some(weight) = layers.get_mut(&(layer as u16)) else {
+                own_product(reading.row..end, &mut y);
+                continue;
+            };
+            let mut row = reading.row;
+            while row < end {
+                let to = end.min(row + weight.room(config));
+                let (z, u) = (&z[row * f..to * f], &u[row * d..to * d]);
+                match weight.is_start() {
+                    true => own_product(row..to, &mut y),
+                    false => down(
+                        Some(pool),
+                        z,
+                        weight.weight(),
+                        (d, f),
+                        &mut y[row * d..to * d],
+                    ),
+                }
+                match weight.absorb(Some(pool), config, trained, z, u) {
+                    Chunk::Learned(update) => updates.push((layer as u16, update)),
+                    Chunk::Waits | Chunk::Due => {}
+                }
+                row = to;
+            }
+            // While answering token by token, the sum of the coming edge is made bit by bit, each layer at a token of its own.
+            if reading.len == 1 && (weight.position() + 3 * layer).is_multiple_of(AHEAD_ROWS) {
+                weight.work_ahead(Some(pool), config, trained, 2 * AHEAD_ROWS);
+            }
+        }
+        let rest = plain;
+        self.plain_down(pool, layer, rest, z, &mut y);
+        // SAFETY: no tile runs while this does.
+        let x = unsafe { self.x.slice(0, y.len()) };
+        add_in_place(x, &y);
+    }
+
+    fn plain_down(&self, pool: &Pool, layer: usize, rows: Range<usize>, z: &[f32], y: &mut [f32]) {
+        let c = &self.model.config;
+        let (d, f) = (c.hidden_size, c.intermediate_size);
+        let (z, y) = (
+            &z[rows.start * f..rows.end * f],
+            &mut y[rows.start * d..rows.end * d],
+        );
+        self.multiply(Some(pool), layer, [Down], z, rows.len(), [y]);
     }
 
     /// Queries, keys and values of these rows.
@@ -199,11 +337,18 @@ impl Step<'_> {
         });
     }
 
-    /// `x += o(attention)`, then `x += down(silu(gate) ∘ up)` of the norm of that.
+    /// `x += o(attention)`, then `x += down(silu(gate) ∘ up)` of the norm of that; or, in a layer that learns, that norm and
+    /// `silu(gate) ∘ up` to `seen`.
     ///
     /// # Safety
     /// No other thread works on these rows, and keys and values of this layer are written up to them.
-    unsafe fn after_attention(&self, pool: Option<&Pool>, layer: usize, rows: Range<usize>) {
+    unsafe fn after_attention(
+        &self,
+        pool: Option<&Pool>,
+        layer: usize,
+        rows: Range<usize>,
+        seen: Option<&Seen>,
+    ) {
         let c = &self.model.config;
         let (n, d, f, qd) = (rows.len(), c.hidden_size, c.intermediate_size, c.q_size());
         // SAFETY: the caller's promise.
@@ -243,39 +388,21 @@ impl Step<'_> {
             rms_norm(None, x, weight, c.rms_norm_eps, normed);
             self.multiply(pool, layer, [Gate, Up], normed, n, [&mut *gate, &mut *up]);
             swiglu_in_place(gate, up);
-            self.down(pool, layer, &rows, gate, b);
+            if let Some(seen) = seen {
+                // SAFETY: the caller's promise.
+                let (z, u) = unsafe {
+                    (
+                        seen.z.slice(rows.start * f, n * f),
+                        seen.u.slice(rows.start * d, n * d),
+                    )
+                };
+                z.copy_from_slice(gate);
+                u.copy_from_slice(normed);
+                return;
+            }
+            self.multiply(pool, layer, [Down], gate, n, [&mut *b]);
             add_in_place(x, b);
         });
-    }
-
-    /// The down-projection of `act` (n, f), by the sequence's own weights where it has some.
-    fn down(
-        &self,
-        pool: Option<&Pool>,
-        layer: usize,
-        rows: &Range<usize>,
-        act: &[f32],
-        y: &mut [f32],
-    ) {
-        let c = &self.model.config;
-        let (d, f) = (c.hidden_size, c.intermediate_size);
-        let own = |reading: &Reading| reading.down.contains_key(&(layer as u16));
-        if !self.readings.iter().any(own) {
-            return self.multiply(pool, layer, [Down], act, rows.len(), [y]);
-        }
-        for reading in &self.readings {
-            let part = reading.within(rows);
-            if part.is_empty() {
-                continue;
-            }
-            let (from, n) = (part.start - rows.start, part.len());
-            let act = &act[from * f..(from + n) * f];
-            let y = &mut y[from * d..(from + n) * d];
-            match reading.down.get(&(layer as u16)) {
-                Some(own) => product(pool, act, own, n, f, d, y),
-                None => self.multiply(pool, layer, [Down], act, n, [y]),
-            }
-        }
     }
 
     fn multiply<const N: usize>(
@@ -307,70 +434,4 @@ fn with_scratch<const N: usize>(lens: [usize; N], body: impl FnOnce([&mut [f32];
     });
     body(parts);
     SCRATCH.replace(buffer);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::{write_tiny, WeightFormat};
-    use super::*;
-
-    /// Hidden states of each part of a text, read one after another.
-    fn alone(model: &Model, pool: &Pool, text: &[u32], parts: &[usize]) -> Vec<f32> {
-        let mut sequence = Sequence::new(&model.config, 4);
-        let mut out = Vec::new();
-        let mut at = 0;
-        for len in parts {
-            let new = &text[at..at + len];
-            out.extend(model.step(pool, &mut [(&mut sequence, new)]).unwrap());
-            at += len;
-        }
-        out
-    }
-
-    #[test]
-    fn what_a_sequence_reads_does_not_depend_on_its_company_nor_on_how_it_is_cut() {
-        let dir = tempfile::tempdir().unwrap();
-        write_tiny(dir.path(), 3).unwrap();
-        let plain = Model::load(dir.path()).unwrap();
-        let pool = Pool::new(3, 0);
-        let texts: Vec<Vec<u32>> = [5, 130, 1, 40, 77]
-            .iter()
-            .map(|len| (0..*len).map(|i| 3 + (i * 7 + len) % 50).collect())
-            .collect();
-        // Plain weights go through `gemm`, which sums in another order for another number of rows.
-        for format in [WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4] {
-            let model = plain.clone().packed(format);
-            let want: Vec<Vec<f32>> = texts
-                .iter()
-                .map(|text| alone(&model, &pool, text, &[text.len()]))
-                .collect();
-            let cut = alone(&model, &pool, &texts[1], &[1, 30, 2, 64, 33]);
-            assert_eq!(cut, want[1], "{format:?}");
-            let mut sequences: Vec<Sequence> = texts
-                .iter()
-                .map(|_| Sequence::new(&model.config, 4))
-                .collect();
-            // A first step that leaves each with a past of another length, then all that is left in one batch.
-            let past = [2, 17, 0, 39, 50];
-            for ((sequence, text), past) in sequences.iter_mut().zip(&texts).zip(past) {
-                if past > 0 {
-                    model.step(&pool, &mut [(sequence, &text[..past])]).unwrap();
-                }
-            }
-            let mut batch: Vec<(&mut Sequence, &[u32])> = sequences
-                .iter_mut()
-                .zip(&texts)
-                .zip(past)
-                .map(|((sequence, text), past)| (sequence, &text[past..]))
-                .collect();
-            let got = model.step(&pool, &mut batch).unwrap();
-            let d = model.config.hidden_size;
-            let want: Vec<f32> = want
-                .iter()
-                .zip(past)
-                .flat_map(|(want, past)| want[past * d..].to_vec())
-                .collect();
-            assert_eq!(got, want, "{format:?}");
-        }
-    }
 }

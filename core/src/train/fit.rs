@@ -16,6 +16,7 @@ use crate::kernels::{Pool, Random};
 use crate::model::{
     AdapterConfig, Grads, Lora, Model, PackedRows, ParamId, Tape, TrainId, LINEARS,
 };
+use crate::ttt::TttTarget;
 
 /// A prompt and what should be said to it: loss on `ids[target_start..]` alone.
 #[derive(Clone, Debug, PartialEq)]
@@ -111,6 +112,9 @@ pub(super) struct State {
     pub best_step: Option<u64>,
 }
 
+/// Share of a job over which the step size of layers that learn while they read comes up.
+const TTT_WARMUP: f64 = 0.1;
+
 /// Copies of the trained tensors.
 pub(super) type Snapshot = Vec<(TrainId, Vec<f32>)>;
 
@@ -188,7 +192,25 @@ pub fn fit(
     let config = base.config.clone();
     let config = &config;
     let compute = base.compute;
-    let trainable = plan.trainable(config);
+    let longest = usable.iter().map(|&i| train[i].ids.len()).max();
+    let longest = longest.expect("some sample is usable");
+    let mut trainable = plan.trainable(config);
+    if let Some(ttt) = &config.ttt {
+        if ttt.target == TttTarget::InputEmbed {
+            return Err(TrainError::Plan(
+                "ttt_target input_embed can be served, not trained: hidden_states can".into(),
+            ));
+        }
+        if longest <= ttt.chunk_len {
+            tracing::warn!(
+                longest,
+                chunk = ttt.chunk_len,
+                "no sample is longer than a chunk: the layers that learn while they read stay as they are"
+            );
+            trainable
+                .retain(|(id, _)| !matches!(id, TrainId::Full(id) if id.is_of_learning_layer()));
+        }
+    }
     let lora = match plan.method {
         Method::Lora { rank, alpha } => Some(Lora::new(
             config,
@@ -204,13 +226,18 @@ pub fn fit(
     let mut trainee = Trainee { model: base, lora };
     trainee.model.compute = plan.compute;
     let _buffers = pool.keeping();
-    let longest = usable.iter().map(|&i| train[i].ids.len()).max();
-    let longest = longest.expect("some sample is usable");
     let all = train.iter().chain(held_out).map(|s| s.ids.len()).sum();
     let memory = Memory::of(plan, config, plan.batch_tokens.max(longest), longest, all);
     let mut tape = Tape::default();
     tape.inputs_only = memory.inputs_only(plan.memory_bytes)?;
     let mut adam = AdamW::new(&trainable, plan.weight_decay);
+    if let Some(ttt) = &plan.ttt {
+        adam.learning_layers = ttt.rate / plan.lr;
+    }
+    // Frozen blocks' outputs are kept, so what they learn while reading must not change: only layers that write nothing yet warm up.
+    let step_size = (trainee.model.config.ttt.as_ref())
+        .filter(|_| trainee.model.writes_nothing_yet())
+        .map(|ttt| ttt.lr);
     let mut state = State {
         plan: Some(plan.clone()),
         data: data_hash.into(),
@@ -272,6 +299,10 @@ pub fn fit(
             let trim = (done >= plan.trim_after).then_some(plan.trim_below);
             grads.zero();
             let attention = pool.attentive();
+            if let (Some(ttt), Some(lr)) = (&mut trainee.model.config.ttt, step_size) {
+                // What untrained filters write at full step size can throw the student off before they have learned what to write.
+                ttt.lr = lr * (done / TTT_WARMUP).clamp(0.003, 1.0) as f32;
+            }
             let outcome = step_gradients(
                 pool, &trainee, train, batch, first, &mut lower, trim, &mut tape, &mut grads,
             )?;
@@ -330,6 +361,9 @@ pub fn fit(
         state.batch = 0;
     }
     let stopped = stopped.unwrap_or(StopReason::Tokens);
+    if let (Some(ttt), Some(lr)) = (&mut trainee.model.config.ttt, step_size) {
+        ttt.lr = lr;
+    }
     if let (StopReason::EarlyStop, Some(best)) = (stopped, best_weights) {
         for (id, data) in best {
             trainee.with(id, &mut |w| w.copy_from_slice(&data));

@@ -10,6 +10,8 @@ use crate::model::{Grads, TrainId};
 #[derive(Default)]
 pub struct AdamW {
     pub weight_decay: f64,
+    /// Learning rate of the tensors of layers that learn while they read, over that of the others; they have no weight decay.
+    pub learning_layers: f64,
     pub steps: u64,
     /// First and second moment by tensor.
     pub moments: BTreeMap<TrainId, (Vec<f32>, Vec<f32>)>,
@@ -30,6 +32,7 @@ impl AdamW {
             .collect();
         Self {
             weight_decay,
+            learning_layers: 1.0,
             steps: 0,
             moments,
         }
@@ -59,7 +62,11 @@ impl AdamW {
         }
         self.steps += 1;
         if self.steps == 2 {
-            if let Some((id, _)) = norms.iter().find(|(_, n)| **n == 0.0) {
+            let stopped = |(id, norm): &(&TrainId, &f64)| {
+                let short = matches!(id, TrainId::Full(id) if id.is_of_learning_layer());
+                **norm == 0.0 && !short
+            };
+            if let Some((id, _)) = norms.iter().find(stopped) {
                 return Err(TrainError::NoGradient(id.name()));
             }
         }
@@ -71,10 +78,14 @@ impl AdamW {
         // Bias correction divides by 1 - beta^step, so the first step must be 1, not 0.
         let c1 = 1.0 - BETA1.powi(self.steps.min(1 << 20) as i32);
         let c2 = 1.0 - BETA2.powi(self.steps.min(1 << 20) as i32);
-        let rate = (lr / c1) as f32;
         let root_c2 = (c2.sqrt()) as f32;
-        let decay = 1.0 - (lr * self.weight_decay) as f32;
         for (id, grad) in &grads.map {
+            let (lr, decay) = match id {
+                TrainId::Full(id) if id.is_of_learning_layer() => (lr * self.learning_layers, 0.0),
+                _ => (lr, self.weight_decay),
+            };
+            let rate = (lr / c1) as f32;
+            let decay = 1.0 - (lr * decay) as f32;
             let (m, v) = self
                 .moments
                 .get_mut(id)

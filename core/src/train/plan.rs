@@ -6,6 +6,7 @@ use super::TrainError;
 use crate::kernels::features;
 use crate::model::{Compute, Config, LayerParam, ParamId, TrainId, LINEARS};
 use crate::policy::RecipeKnobs;
+use crate::ttt::{TttConfig, TttStart};
 
 /// Which tensors move.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -55,6 +56,54 @@ pub struct TrainPlan {
     /// Where the activations of all blocks do not fit, some are computed again in the backward pass, to the same bits.
     #[serde(default)]
     pub memory_bytes: u64,
+    /// Layers that learn while the student reads, given to a model that has none.
+    #[serde(default)]
+    pub ttt: Option<TttPlan>,
+}
+
+/// How a model comes by layers that learn while it reads, and how fast those are trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TttPlan {
+    pub start: TttStart,
+    /// Every which layer learns, from the first on.
+    pub every: usize,
+    pub chunk_len: usize,
+    /// The step size η of the updates; training comes up to it over a tenth of the job.
+    pub lr: f64,
+    /// Peak learning rate of filters and projections. They have no weight decay.
+    pub rate: f64,
+}
+
+impl TttPlan {
+    /// Settings of the layers in a model of so many.
+    pub fn config(&self, num_hidden_layers: usize) -> TttConfig {
+        TttConfig {
+            layers: (0..num_hidden_layers as u16).step_by(self.every).collect(),
+            chunk_len: self.chunk_len,
+            lr: self.lr as f32,
+            ..TttConfig::default()
+        }
+    }
+
+    fn from_knobs(knobs: &RecipeKnobs) -> Result<Option<Self>, TrainError> {
+        let start = match knobs.ttt.as_deref() {
+            None | Some("off") => return Ok(None),
+            Some("published") => TttStart::Published,
+            Some("next_token") => TttStart::NextToken,
+            Some(other) => {
+                return Err(TrainError::Plan(format!(
+                    "ttt {other:?} is none of published, next_token, off"
+                )))
+            }
+        };
+        Ok(Some(Self {
+            start,
+            every: knobs.ttt_every.unwrap_or(6).max(1),
+            chunk_len: knobs.ttt_chunk.unwrap_or(256).clamp(8, 1 << 14),
+            lr: knobs.ttt_lr.unwrap_or(0.3).clamp(0.0, 10.0),
+            rate: knobs.ttt_rate.unwrap_or(3e-4).clamp(1e-7, 1e-1),
+        }))
+    }
 }
 
 impl Default for TrainPlan {
@@ -77,6 +126,7 @@ impl Default for TrainPlan {
             checkpoint_seconds: 45.0,
             compute: Compute::F32,
             memory_bytes: 0,
+            ttt: None,
         }
     }
 }
@@ -137,6 +187,7 @@ impl TrainPlan {
         plan.patience = knobs.patience.unwrap_or(0);
         plan.seed = knobs.seed.unwrap_or(0);
         plan.memory_bytes = (knobs.memory_mib.unwrap_or(0) as u64).saturating_mul(1 << 20);
+        plan.ttt = TttPlan::from_knobs(knobs)?;
         plan.compute = match knobs.compute.as_deref() {
             None if features().avx512_bf16_full_rate => Compute::Bf16,
             None | Some("f32") => Compute::F32,
@@ -187,6 +238,12 @@ impl TrainPlan {
                         (TrainId::LoraB(layer, p), shape[0] * rank),
                     ]
                 })
+                .chain(
+                    ParamId::all(config)
+                        .into_iter()
+                        .filter(|id| id.is_of_learning_layer())
+                        .map(|id| (TrainId::Full(id), size(id))),
+                )
                 .collect(),
         }
     }

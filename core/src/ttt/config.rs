@@ -48,6 +48,17 @@ pub enum TttMode {
     Gradient,
 }
 
+/// Values with which the filter and the projection of a layer begin; with either the student is exactly its base.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TttStart {
+    /// The authors': [`TttConfig::published_start`].
+    #[default]
+    Published,
+    /// The next position as the target: [`TttConfig::next_token_start`].
+    NextToken,
+}
+
 impl Default for TttConfig {
     /// No layers. c = 256, because episodes have 2k to 8k tokens and the cost does not depend on c; η as in the authors' code;
     /// a cap of 0.1, up to which frozen models were seen to stand random changes.

@@ -40,13 +40,13 @@ mod rule;
 mod state;
 mod training;
 
-pub use config::{TttConfig, TttLayer, TttMode, TttTarget, PROJ_DEVIATION};
+pub use config::{TttConfig, TttLayer, TttMode, TttStart, TttTarget, PROJ_DEVIATION};
 pub use rule::down;
 pub use state::{forward_rows, Chunk, FastWeight, StartWeight, Update};
 pub use training::{backward, forward, TttGrad};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// Why a layer cannot learn while it reads, or cannot be cut back.
 #[non_exhaustive]

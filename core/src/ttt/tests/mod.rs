@@ -1,3 +1,3 @@
-mod decoder;
+pub(crate) mod decoder;
 mod reference;
 mod room;

@@ -1,0 +1,333 @@
+//! Serving against itself, however a text is cut and whoever is read beside it, and against the values of the TTT authors' code.
+
+use std::path::{Path, PathBuf};
+
+use super::{
+    write_tiny, FileDtype, Grads, Model, PackedRows, ParamId, Sequence, Tape, TrainId, WeightFormat,
+};
+use crate::kernels::{Pool, Random};
+use crate::ttt::tests::decoder::{tensors, Tensors};
+use crate::ttt::{TttConfig, TttStart, TttTarget};
+
+/// Hidden states of each part of a text, read one after another.
+fn alone(model: &Model, pool: &Pool, text: &[u32], parts: &[usize]) -> Vec<f32> {
+    let mut sequence = Sequence::new(&model.config, 4);
+    let mut out = Vec::new();
+    let mut at = 0;
+    for len in parts {
+        let new = &text[at..at + len];
+        out.extend(model.step(pool, &mut [(&mut sequence, new)]).unwrap());
+        at += len;
+    }
+    out
+}
+
+#[test]
+fn what_a_sequence_reads_does_not_depend_on_its_company_nor_on_how_it_is_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    write_tiny(dir.path(), 3).unwrap();
+    let plain = Model::load(dir.path()).unwrap();
+    let pool = Pool::new(3, 0);
+    let texts: Vec<Vec<u32>> = [5, 130, 1, 40, 77]
+        .iter()
+        .map(|len| (0..*len).map(|i| 3 + (i * 7 + len) % 50).collect())
+        .collect();
+    // Plain weights go through `gemm`, which sums in another order for another number of rows.
+    for format in [WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4] {
+        let model = plain.clone().packed(format);
+        let want: Vec<Vec<f32>> = texts
+            .iter()
+            .map(|text| alone(&model, &pool, text, &[text.len()]))
+            .collect();
+        let cut = alone(&model, &pool, &texts[1], &[1, 30, 2, 64, 33]);
+        assert_eq!(cut, want[1], "{format:?}");
+        let mut sequences: Vec<Sequence> = texts
+            .iter()
+            .map(|_| Sequence::new(&model.config, 4))
+            .collect();
+        // A first step that leaves each with a past of another length, then all that is left in one batch.
+        let past = [2, 17, 0, 39, 50];
+        for ((sequence, text), past) in sequences.iter_mut().zip(&texts).zip(past) {
+            if past > 0 {
+                model.step(&pool, &mut [(sequence, &text[..past])]).unwrap();
+            }
+        }
+        let mut batch: Vec<(&mut Sequence, &[u32])> = sequences
+            .iter_mut()
+            .zip(&texts)
+            .zip(past)
+            .map(|((sequence, text), past)| (sequence, &text[past..]))
+            .collect();
+        let got = model.step(&pool, &mut batch).unwrap();
+        let d = model.config.hidden_size;
+        let want: Vec<f32> = want
+            .iter()
+            .zip(past)
+            .flat_map(|(want, past)| want[past * d..].to_vec())
+            .collect();
+        assert_eq!(got, want, "{format:?}");
+    }
+}
+
+/// Largest error of a logit: these are of size 1 to 3, at most 16.
+const LOGITS: f32 = 1e-4;
+const VALUES: f32 = 5e-5;
+
+struct Case {
+    name: String,
+    model: Model,
+    vectors: Tensors,
+    grads: Tensors,
+}
+
+/// Cases of values made by the authors' code, as `core/src/ttt/tests/reference.rs` reads them.
+fn cases() -> Vec<Case> {
+    let folder = match std::env::var_os("LOCUM_TTT_CASES") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/ttt"),
+    };
+    let entries = std::fs::read_dir(&folder).unwrap();
+    let mut paths: Vec<PathBuf> = entries
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.join("config.json").is_file())
+        .collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "no case in {}", folder.display());
+    paths.iter().map(|path| case(path)).collect()
+}
+
+fn case(path: &Path) -> Case {
+    let dir = tempfile::tempdir().unwrap();
+    for (from, to) in [
+        ("config.json", "config.json"),
+        ("weights.safetensors", "model.safetensors"),
+    ] {
+        std::fs::copy(path.join(from), dir.path().join(to)).unwrap();
+    }
+    let mut model = Model::load(dir.path()).unwrap();
+    // Their code has no cap.
+    model.config.ttt.as_mut().unwrap().max_drift = None;
+    Case {
+        name: path.file_name().unwrap().to_string_lossy().into_owned(),
+        model,
+        vectors: tensors(&path.join("vectors.safetensors")),
+        grads: tensors(&path.join("grads_len37.safetensors")),
+    }
+}
+
+impl Case {
+    fn ids(&self, name: &str) -> Vec<u32> {
+        self.vectors[name].iter().map(|x| *x as u32).collect()
+    }
+
+    /// Logits of every token, read in calls of these lengths, and the sequence afterwards.
+    fn read(&self, pool: &Pool, ids: &[u32], calls: &[usize]) -> (Vec<f32>, Sequence) {
+        let mut sequence = self.model.sequence(8, true);
+        let (mut logits, mut at) = (Vec::new(), 0);
+        for len in calls {
+            let new = &ids[at..at + len];
+            let hidden = self.model.step(pool, &mut [(&mut sequence, new)]).unwrap();
+            let rows: Vec<usize> = (0..*len).collect();
+            logits.extend(self.model.logits(pool, &hidden, &rows));
+            at += len;
+        }
+        assert_eq!(at, ids.len());
+        (logits, sequence)
+    }
+
+    #[track_caller]
+    fn close(&self, what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+        assert_eq!(got.len(), want.len(), "{} {what}", self.name);
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            // Written so that NaN fails.
+            let near = (got - want).abs() <= tolerance;
+            assert!(near, "{} {what}[{i}]: {got} instead of {want}", self.name);
+        }
+    }
+
+    fn check_fast(&self, run: &str, sequence: &Sequence) {
+        for (layer, fast) in &sequence.fast.layers {
+            let name = format!("{run}.layer{layer}.w_after");
+            if let Some(want) = self.vectors.get(&name) {
+                self.close(&name, fast.weight(), want, VALUES);
+            }
+        }
+    }
+}
+
+#[test]
+fn ttt_reference_served_in_one_call_token_by_token_and_in_uneven_calls() {
+    for case in cases() {
+        // With one thread more than there are cores a tile's order changes from run to run.
+        for threads in [1, 3] {
+            let pool = Pool::new(threads, 0);
+            for run in ["len37", "decode"] {
+                let name = |what: &str| format!("{run}.{what}");
+                let ids = case.ids(&name("input_ids"));
+                let want = &case.vectors[&name("logits_infer")];
+                let mut splits = vec![vec![ids.len()], vec![1; ids.len()]];
+                if run == "decode" {
+                    splits.push([vec![40], vec![1; 30]].concat());
+                    let uneven = &case.vectors["stream.splits"];
+                    splits.push(uneven.iter().map(|n| *n as usize).collect());
+                }
+                for calls in splits {
+                    let (got, sequence) = case.read(&pool, &ids, &calls);
+                    case.close(&format!("{run} in calls of {calls:?}"), &got, want, LOGITS);
+                    case.check_fast(run, &sequence);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ttt_switched_off_untrained_or_in_its_first_chunk_is_the_plain_model_bit_for_bit() {
+    let pool = Pool::new(2, 0);
+    for case in cases() {
+        for format in [WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4] {
+            let model = case.model.clone().packed(format);
+            let ids = case.ids("decode.input_ids");
+            let read = |mut sequence: Sequence, ids: &[u32]| {
+                model.step(&pool, &mut [(&mut sequence, ids)]).unwrap()
+            };
+            let plain = read(Sequence::new(&model.config, 8), &ids);
+            assert_eq!(read(model.sequence(8, false), &ids), plain);
+            let learned = read(model.sequence(8, true), &ids);
+            let first = model.config.ttt.as_ref().unwrap().chunk_len * model.config.hidden_size;
+            assert_eq!(learned[..first], plain[..first], "{} {format:?}", case.name);
+            let untrained = case.name.contains("untrained");
+            assert_eq!(learned == plain, untrained, "{} {format:?}", case.name);
+        }
+    }
+}
+
+#[test]
+fn sequences_that_learn_stay_apart_in_one_batch_and_can_be_cut_back_to_an_edge() {
+    let pool = Pool::new(2, 0);
+    let case = &cases()[cases().len() - 1];
+    let model = case.model.clone().packed(WeightFormat::Bf16);
+    let chunk = model.config.ttt.as_ref().unwrap().chunk_len;
+    let d = model.config.hidden_size;
+    let ids = case.ids("decode.input_ids");
+    let other: Vec<u32> = ids.iter().rev().copied().collect();
+    let alone = |ids: &[u32], learning: bool| {
+        let mut sequence = model.sequence(8, learning);
+        model.step(&pool, &mut [(&mut sequence, ids)]).unwrap()
+    };
+    // One that learns, one that does not, one that learns something else.
+    let mut sequences = [true, false, true].map(|learning| model.sequence(8, learning));
+    let texts = [&ids[..], &ids[..], &other[..]];
+    let mut batch: Vec<(&mut Sequence, &[u32])> = sequences.iter_mut().zip(texts).collect();
+    let got = model.step(&pool, &mut batch).unwrap();
+    let want = [alone(&ids, true), alone(&ids, false), alone(&other, true)].concat();
+    let far = got
+        .iter()
+        .zip(&want)
+        .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+    assert!(far < 1e-5, "{far}");
+
+    // Back into the open chunk: as if the rest had never been read. Back past its edge: refused, and nothing changed.
+    let [first, ..] = &mut sequences;
+    let edge = ids.len() - ids.len() % chunk;
+    assert!(edge > chunk && edge < ids.len());
+    assert!(!first.truncate(edge - 1) && first.ids.len() == ids.len());
+    assert!(first.prefix(edge - 1, 0).is_none());
+    let mut copy = first.prefix(edge, 0).unwrap();
+    assert!(first.truncate(edge));
+    for sequence in [first, &mut copy] {
+        let again = model.step(&pool, &mut [(sequence, &ids[edge..])]).unwrap();
+        let want = &want[edge * d..ids.len() * d];
+        let far = again
+            .iter()
+            .zip(want)
+            .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(far < 1e-5, "{far}");
+    }
+}
+
+#[test]
+fn ttt_reference_trained_forward_and_backward() {
+    let pool = Pool::new(2, 0);
+    let mut checked = 0;
+    for case in cases() {
+        let config = case.model.config.ttt.as_ref().unwrap();
+        if config.target != TttTarget::HiddenStates {
+            // Training from embeddings is refused; see `TrainPlan`.
+            continue;
+        }
+        let model = &case.model;
+        let ids = case.ids("len37.input_ids");
+        let rows = PackedRows::new(&[ids.len()]);
+        let layers = (0, model.config.num_hidden_layers);
+        let sizes = ParamId::all(&model.config)
+            .into_iter()
+            .map(|id| (TrainId::Full(id), id.shape(&model.config).iter().product()));
+        let mut grads = Grads::new(sizes);
+        // With every block on the tape, and with their inputs alone.
+        for inputs_only in [0, layers.1] {
+            grads.zero();
+            let mut tape = Tape {
+                inputs_only,
+                ..Tape::default()
+            };
+            let mut x = model.embed(&ids).unwrap();
+            model.blocks(&pool, layers, &rows, None, &mut x, Some(&mut tape));
+            let all: Vec<usize> = (0..ids.len()).collect();
+            let logits = model.logits(&pool, &x, &all);
+            let want = &case.vectors["len37.logits_train"];
+            case.close("logits in training", &logits, want, LOGITS);
+            // The reference's loss: the mean over the next tokens.
+            let n = ids.len() - 1;
+            let mut dx = vec![0.0; x.len()];
+            let weights = vec![1.0; n];
+            let scale = 1.0 / n as f32;
+            let asked = (&all[..n], &ids[1..], &weights[..]);
+            model.head_loss(&pool, &x, asked, Some((scale, &mut dx, &mut grads)));
+            model.blocks_backward(&pool, &rows, None, &mut tape, &mut dx, &mut grads);
+            model.embed_backward(&ids, &dx, &mut grads);
+            for (name, want) in &case.grads {
+                let of = |id: &&TrainId| *name == format!("grad.{}", id.name());
+                let Some(id) = grads.map.keys().find(of) else {
+                    continue;
+                };
+                let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+                case.close(name, &grads.map[id], want, 1e-3 * size);
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked > 20, "{checked} gradients");
+}
+
+#[test]
+fn layers_that_learn_are_added_without_changing_the_model_and_survive_a_file() {
+    let (dir, again) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write_tiny(dir.path(), 3).unwrap();
+    let plain = Model::load(dir.path()).unwrap();
+    let pool = Pool::new(2, 0);
+    let ids: Vec<u32> = (0..70).map(|i| 3 + i * 7 % 50).collect();
+    let read = |model: &Model| {
+        let mut sequence = model.sequence(8, true);
+        model.step(&pool, &mut [(&mut sequence, &ids)]).unwrap()
+    };
+    for start in [TttStart::Published, TttStart::NextToken] {
+        let ttt = TttConfig {
+            layers: vec![1],
+            chunk_len: 16,
+            ..TttConfig::default()
+        };
+        let mut random = Random::new(5);
+        let model = plain
+            .clone()
+            .with_ttt(ttt.clone(), start, &mut random)
+            .unwrap();
+        assert_eq!(read(&model), read(&plain), "{start:?}");
+        let twice = model.clone().with_ttt(ttt, start, &mut random);
+        assert!(twice.is_err());
+        model.save(again.path(), FileDtype::F32).unwrap();
+        let loaded = Model::load(again.path()).unwrap();
+        assert_eq!(loaded.config.ttt, model.config.ttt);
+        assert_eq!(loaded.weights.params, model.weights.params);
+    }
+}
