@@ -505,6 +505,8 @@ LOCUM_API int32_t locum_distil_cancel(locum handle, uint64_t job, locum_error **
  * handle is closed. It keeps its memory. While a step is being decided a job pauses by itself. `job` 0 = the newest.
  * LOCUM_E_NOT_FOUND: it does not run here.                                                [any-thread]             */
 LOCUM_API int32_t locum_distil_pause(locum handle, uint64_t job, locum_error **error);
+
+/* Lets a paused job go on. LOCUM_E_NOT_FOUND: it does not run here.                       [any-thread]             */
 LOCUM_API int32_t locum_distil_resume(locum handle, uint64_t job, locum_error **error);
 
 /* All students as a JSON array, oldest first: version, id, state, and what the gate measured. `*json` is yours.

@@ -121,7 +121,7 @@ fn a_cache_fed_in_uneven_calls_beside_another_sequence_gives_the_logits_of_one_c
             (at, noise_at) = (at + len, noise_at + noise_len);
         }
         // Cut back and read again: what was forgotten leaves no trace.
-        one.truncate(10);
+        assert!(one.truncate(10));
         let x = model.step(&pool, &mut [(&mut one, &ids[10..])]).unwrap();
         let rows: Vec<usize> = (0..31).collect();
         close(
