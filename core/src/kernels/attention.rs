@@ -473,7 +473,7 @@ impl Attend<'_> {
                     3.. => 3,
                     _ => 1,
                 };
-                if self.e % LANES != 0 {
+                if !self.e.is_multiple_of(LANES) {
                     self.add_rest(row, rows, columns * LANES, first_key, keys);
                 }
                 row += rows;

@@ -68,6 +68,8 @@ pub(super) struct BlockTape {
 }
 
 /// What is kept of a block until its backward pass.
+// A step has one for each block, and most are whole.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Kept {
     Whole(BlockTape),
     /// The block's input (t, d) alone: the rest is computed again.
