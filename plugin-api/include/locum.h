@@ -475,7 +475,7 @@ LOCUM_API int32_t locum_policy_load(locum handle, const char *source, size_t sou
  *     {"method":"upper|lora|full", "tokens":N, "max_seconds":S, "epochs":E, "lr":.., "rank":.., "alpha":..,
  *      "upper_layers":.., "batch_tokens":.., "warmup_steps":.., "weight_decay":.., "patience":.., "seed":..,
  *      "compute":"bf16|f32",          numbers of the products; bf16 by itself where the processor is faster at it
- *      "memory_mib":..,               memory the training may take; with less, more is computed twice
+ *      "memory_mib":6144,             memory the training may take; with less, more is computed twice
  *      "ttt":"published|next_token|off",  layers that learn while the student reads, and how they begin
  *      "ttt_every":6, "ttt_chunk":256, "ttt_lr":0.3,  every which layer, tokens of a chunk, step size
  *      "ttt_rate":..,                 learning rate of their filters and projections

@@ -22,6 +22,9 @@ const TURNS: usize = 10;
 const REPLY: u32 = 32;
 /// Recorded episodes that the job trains on.
 const EPISODES: usize = 60;
+/// What the host does between two steps. A training waits while a step is decided, so a host that asked without a break would be
+/// compared with an idle machine twice.
+const HOST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait for the job's first step.
 const START: Duration = Duration::from_secs(300);
 
@@ -73,6 +76,13 @@ pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let after = desk.locum.distil_status(job)?;
     let trained = after.tokens_done.saturating_sub(before.tokens_done) as f64 / seconds;
     desk.locum.distil_cancel(job)?;
+    if trained == 0.0 {
+        return Err(Fail::Missing {
+            what: "the job trained nothing while steps were asked, so there is nothing to compare"
+                .into(),
+            next: "Ask for more steps with --tokens.",
+        });
+    }
     let mut table = Table::new(&["", ">p50 ms", ">p99 ms", ">highest"]);
     let at = |ms: &[f64], share: f64| ms[((ms.len() - 1) as f64 * share).round() as usize];
     for (name, ms) in [("idle", &idle), ("while training", &busy)] {
@@ -115,6 +125,7 @@ fn serve(
         for _ in 0..TURNS.min(steps - all.len()) {
             all.push(desk.step(&mut visit)?.ms);
             check()?;
+            std::thread::sleep(HOST_PAUSE);
         }
         desk.leave(visit)?;
     }
