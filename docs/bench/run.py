@@ -1,14 +1,16 @@
 """Locum beside llama.cpp and PyTorch on this processor, one run of each in turn; writes cpu.json, cpu.md and cpu.svg beside itself.
 
 usage: run.py --locum BINARY --gguf FILE [--rows KEY,...] [--peers none] [--runs N] [--cache DIR] [--out DIR]
-              [--llama-python PY] [--llama-dir DIR] [--llama-avx2-dir DIR] [--torch-python PY] [--render]
+              [--llama-python PY] [--llama-dir DIR] [--llama-avx2-dir DIR] [--torch-python PY] [--lock FILE] [--render]
 
 Every run is a process of its own. Peers that are not named are installed under the cache folder. Rows measured earlier stay in
 cpu.json until they are measured again; each carries its own time and commit. A run that fails is written down as failed.
 """
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import html
 import json
 import os
@@ -248,6 +250,17 @@ def own_seconds():
     return used.ru_utime + used.ru_stime
 
 
+@contextlib.contextmanager
+def alone(lock):
+    """Holds the lock file, if one is named, so that other work that takes it too waits for the end of a run."""
+    if not lock:
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def measure(command, env):
     """Runs once and gives what the program printed, with how much of the machine others had meanwhile."""
     tick, cores = os.sysconf("SC_CLK_TCK"), os.cpu_count()
@@ -313,7 +326,8 @@ def measure_row(row, place, args):
             except (subprocess.CalledProcessError, OSError) as error:
                 failed[id(side)] = f"it could not be set up: {error}"[:200]
                 continue
-            result = measure(command, env)
+            with alone(args.lock):
+                result = measure(command, env)
             if "failed" in result:
                 failed[id(side)] = result["failed"]
                 say(f"   {row.key} {n + 1}/{args.runs} {side.who} {side.label}: failed: {result['failed']}")
@@ -532,6 +546,7 @@ def main():
     parser.add_argument("--llama-dir")
     parser.add_argument("--llama-avx2-dir")
     parser.add_argument("--torch-python")
+    parser.add_argument("--lock", help="a file locked during each run, for machines that do other work between runs")
     parser.add_argument("--render", action="store_true", help="draw from cpu.json and measure nothing")
     args = parser.parse_args()
     out = pathlib.Path(args.out)
