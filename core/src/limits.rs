@@ -26,7 +26,9 @@ pub const DEFAULT_REPLY_TOKENS: usize = 256;
 pub const DEFAULT_DEADLINE_MS: u32 = 30_000;
 /// Largest `tokenizer.json` or `config.json` that is opened, in bytes.
 pub const MAX_CONFIG_BYTES: u64 = 64 << 20;
-/// Bytes that KV caches kept for prefix reuse may take.
+/// Snapshots kept of the state of one episode.
+pub const MAX_FAST_SNAPSHOTS: usize = 16;
+/// Bytes that KV caches kept for prefix reuse may take; snapshots of episodes may take as much again.
 pub const MAX_PREFIX_CACHE_BYTES: usize = 256 << 20;
 /// Largest file that an import reads, in bytes.
 pub const MAX_IMPORT_BYTES: u64 = 1 << 30;

@@ -41,6 +41,14 @@ pub trait Policy: Send + Sync {
     fn gate(&self, report: &GateInfo) -> GateVote;
     /// Take the promoted student back? `None` leaves it to the built-in thresholds.
     fn rollback(&self, live: &LiveInfo) -> Option<(bool, String)>;
+    /// How do the layers of a student that learn while it reads go on? Fail-safe: not at all.
+    fn fast_weights(&self, _: &FastInfo) -> FastVerdict {
+        FastVerdict::as_trained()
+    }
+    /// Whether `fast_weights` is to be asked, which costs a little of each chunk: its loss is then looked at.
+    fn rules_fast_weights(&self) -> bool {
+        false
+    }
     /// Counters of the hooks, for `stats`.
     fn stats(&self) -> Vec<HookStats> {
         Vec::new()
@@ -455,6 +463,61 @@ pub struct LiveInfo {
     pub built_in: bool,
 }
 
+/// Argument of `fast_weights`: asked before a student reads a step's prompt and behind each chunk that it reads.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FastInfo {
+    pub task: String,
+    pub domain: String,
+    /// `episode` before a prompt is read, `chunk` behind a chunk.
+    pub stage: String,
+    pub student: String,
+    pub version: u64,
+    /// Tokens read.
+    pub position: u64,
+    /// Tokens of a chunk.
+    pub chunk: u64,
+    /// Largest relative change of a layer's weight since the start of the episode.
+    pub drift: f32,
+    /// The drift at which a layer begins again and the teacher is asked.
+    pub max_drift: Option<f32>,
+    /// Mean negative log-likelihood of some tokens of the chunk just read; `None` before the first.
+    pub loss: Option<f32>,
+    /// The same of all chunks before that one.
+    pub loss_before: Option<f32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FastVerdict {
+    /// False: the trained weights play, and nothing is learned until this is true again.
+    pub on: bool,
+    /// Factor on the trained step size, 0 to 10; with 0 what was learned stays and nothing is added.
+    pub step: f32,
+    /// Back to the trained weights now.
+    pub reset: bool,
+    pub reason: String,
+}
+
+impl FastVerdict {
+    /// Learning goes on as it was trained to.
+    pub fn as_trained() -> Self {
+        Self {
+            on: true,
+            step: 1.0,
+            reset: false,
+            reason: String::new(),
+        }
+    }
+
+    /// The trained weights play.
+    pub fn off(reason: impl Into<String>) -> Self {
+        Self {
+            on: false,
+            reason: reason.into(),
+            ..Self::as_trained()
+        }
+    }
+}
+
 /// How often a hook ran and failed, and how long it took.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct HookStats {
@@ -516,6 +579,9 @@ impl Policy for TeacherFirst {
     }
     fn rollback(&self, _: &LiveInfo) -> Option<(bool, String)> {
         None
+    }
+    fn fast_weights(&self, _: &FastInfo) -> FastVerdict {
+        FastVerdict::off("no policy")
     }
 }
 

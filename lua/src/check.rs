@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use locum_core::policy::{
-    DatasetInfo, EpisodeInfo, GateInfo, LiveInfo, RedactInfo, ReplyInfo, StepInfo, StepLine,
-    StudentInfo, ToolInfo, WorldInfo,
+    DatasetInfo, EpisodeInfo, FastInfo, GateInfo, LiveInfo, RedactInfo, ReplyInfo, StepInfo,
+    StepLine, StudentInfo, ToolInfo, WorldInfo,
 };
 use mlua::Table;
 use serde::Serialize;
@@ -287,6 +287,22 @@ fn sample(state: &Sandbox, hook: Hook) -> Result<Table, Failure> {
                 built_in: false,
             },
         ),
+        Hook::FastWeights => convert::argument(
+            lua,
+            &FastInfo {
+                task,
+                domain,
+                stage: "chunk".into(),
+                student: student.id,
+                version: student.version,
+                position: 768,
+                chunk: 256,
+                drift: 0.02,
+                max_drift: Some(0.1),
+                loss: Some(1.1),
+                loss_before: Some(1.3),
+            },
+        ),
     }
 }
 
@@ -314,6 +330,7 @@ fn answer_of(hook: Hook, values: Returned) -> Result<String, Failure> {
             .map_or("left to the built-in test".into(), |(back, why)| {
                 format!("{back}: {why}")
             }),
+        Hook::FastWeights => shown(&values.fast_weights()?),
     })
 }
 

@@ -4,8 +4,8 @@
 
 use locum_core::limits;
 use locum_core::policy::{
-    Allow, Choice, CurateVerdict, GateVote, LabelVerdict, RecipeKnobs, ScheduleVerdict, Settings,
-    Who,
+    Allow, Choice, CurateVerdict, FastVerdict, GateVote, LabelVerdict, RecipeKnobs,
+    ScheduleVerdict, Settings, Who,
 };
 use locum_core::view::View;
 use mlua::serde::SerializeOptions;
@@ -27,6 +27,8 @@ const MAX_DEPTH: usize = 8;
 const MAX_ENTRIES: usize = 256;
 /// Largest sampling temperature that a hook may set.
 const MAX_TEMPERATURE: f64 = 2.0;
+/// Largest factor on the step size of fast weights.
+const MAX_FAST_STEP: f64 = 10.0;
 /// Largest weight of an episode in a dataset.
 const MAX_WEIGHT: f64 = 100.0;
 
@@ -483,6 +485,33 @@ impl Returned {
             )),
         }
     }
+
+    /// `nil` for "as trained", a boolean and a reason; or a table with `on`, `step`, `reset`, `reason`.
+    pub fn fast_weights(&self) -> Read<FastVerdict> {
+        let trained = FastVerdict::as_trained();
+        match self.get(0) {
+            Value::Nil => Ok(trained),
+            Value::Boolean(on) => Ok(FastVerdict {
+                on: *on,
+                reason: self.reason()?,
+                ..trained
+            }),
+            Value::Table(table) => {
+                only_fields(table, &["on", "step", "reset", "reason"])?;
+                let step = number(table, "step", 0.0, MAX_FAST_STEP)?;
+                Ok(FastVerdict {
+                    on: flag(table, "on")?.unwrap_or(true),
+                    step: step.map_or(trained.step, |step| step as f32),
+                    reset: flag(table, "reset")?.unwrap_or(false),
+                    reason: reason(&field(table, "reason")?, "field `reason`")?,
+                })
+            }
+            other => wrong(format!(
+                "the verdict must be a boolean, a table or nil, found {}",
+                type_name(other)
+            )),
+        }
+    }
 }
 
 fn weight_of(use_it: bool) -> f32 {
@@ -566,6 +595,18 @@ fn number(table: &Table, key: &str, least: f64, most: f64) -> Read<Option<f64>> 
         });
     }
     Ok(Some(number))
+}
+
+/// A boolean, if the field is there.
+fn flag(table: &Table, key: &str) -> Read<Option<bool>> {
+    match field(table, key)? {
+        Value::Nil => Ok(None),
+        Value::Boolean(flag) => Ok(Some(flag)),
+        other => wrong(format!(
+            "field `{key}` must be a boolean, found {}",
+            type_name(other)
+        )),
+    }
 }
 
 fn only_fields(table: &Table, known: &[&str]) -> Read<()> {

@@ -28,10 +28,11 @@ pub enum Hook {
     Recipe,
     Gate,
     Rollback,
+    FastWeights,
 }
 
 impl Hook {
-    pub const ALL: [Hook; 10] = [
+    pub const ALL: [Hook; 11] = [
         Hook::Decide,
         Hook::Accept,
         Hook::AllowTool,
@@ -42,6 +43,7 @@ impl Hook {
         Hook::Recipe,
         Hook::Gate,
         Hook::Rollback,
+        Hook::FastWeights,
     ];
 
     pub const fn name(self) -> &'static str {
@@ -56,16 +58,19 @@ impl Hook {
             Hook::Recipe => "recipe",
             Hook::Gate => "gate",
             Hook::Rollback => "rollback",
+            Hook::FastWeights => "fast_weights",
         }
     }
 
     /// How long the hook may take for an argument with `bytes` of content.
     ///
-    /// The three hooks of a step are meant to take well under 1 ms; their hard stop is at 2 ms, because a tighter one would
+    /// The hooks of a step are meant to take well under 1 ms; their hard stop is at 2 ms, because a tighter one would
     /// stop innocent hooks whose thread was interrupted by the system.
     pub const fn limit(self, bytes: usize) -> TimeLimit {
         match self {
-            Hook::Decide | Hook::Accept | Hook::AllowTool | Hook::Rollback => TimeLimit::cpu_ms(2),
+            Hook::Decide | Hook::Accept | Hook::AllowTool | Hook::FastWeights | Hook::Rollback => {
+                TimeLimit::cpu_ms(2)
+            }
             Hook::Redact => TimeLimit::cpu_ms(20 + ((bytes as u64 * REDACT_MS_PER_MIB) >> 20)),
             Hook::Label | Hook::Curate => TimeLimit::cpu_ms(20),
             Hook::Schedule | Hook::Recipe | Hook::Gate => TimeLimit::cpu_ms(5),
@@ -74,7 +79,10 @@ impl Hook {
 
     /// Hooks on the path of a step never wait for a state to be built.
     pub const fn is_hot(self) -> bool {
-        matches!(self, Hook::Decide | Hook::Accept | Hook::AllowTool)
+        matches!(
+            self,
+            Hook::Decide | Hook::Accept | Hook::AllowTool | Hook::FastWeights
+        )
     }
 }
 

@@ -32,9 +32,9 @@ use std::time::{Duration, Instant};
 
 use locum_core::limits;
 use locum_core::policy::{
-    Allow, Choice, CurateVerdict, DatasetInfo, EpisodeInfo, GateInfo, GateVote, HookFailed,
-    HookStats, LabelVerdict, LiveInfo, Policy, PolicyId, RecipeKnobs, RedactInfo, ReplyInfo,
-    ScheduleVerdict, Settings, StepInfo, ToolInfo, WorldInfo,
+    Allow, Choice, CurateVerdict, DatasetInfo, EpisodeInfo, FastInfo, FastVerdict, GateInfo,
+    GateVote, HookFailed, HookStats, LabelVerdict, LiveInfo, Policy, PolicyId, RecipeKnobs,
+    RedactInfo, ReplyInfo, ScheduleVerdict, Settings, StepInfo, ToolInfo, WorldInfo,
 };
 use locum_core::view::View;
 use serde::Serialize;
@@ -358,6 +358,18 @@ impl Policy for LuaPolicy {
     fn rollback(&self, live: &LiveInfo) -> Option<(bool, String)> {
         self.ask(Hook::Rollback, live, 0, |values| values.rollback())?
             .ok()?
+    }
+
+    fn fast_weights(&self, fast: &FastInfo) -> FastVerdict {
+        match self.ask(Hook::FastWeights, fast, 0, |values| values.fast_weights()) {
+            Some(Ok(verdict)) => verdict,
+            Some(Err(failure)) => FastVerdict::off(failed(Hook::FastWeights, &failure)),
+            None => FastVerdict::as_trained(),
+        }
+    }
+
+    fn rules_fast_weights(&self) -> bool {
+        self.has[Hook::FastWeights as usize]
     }
 
     fn stats(&self) -> Vec<HookStats> {

@@ -233,6 +233,39 @@ pub const RECORDS: &[Record] = &[
         ],
     },
     Record {
+        name: "Fast",
+        doc: "Argument of fast_weights.",
+        fields: &[
+            ("task", "string", "task id"),
+            ("domain", "string", ""),
+            (
+                "stage",
+                "string",
+                "episode before a prompt is read, chunk behind a chunk",
+            ),
+            ("student", "string", "student id"),
+            ("version", "number", ""),
+            ("position", "number", "tokens read"),
+            ("chunk", "number", "tokens of a chunk"),
+            (
+                "drift",
+                "number",
+                "largest relative change of a layer since the episode began",
+            ),
+            (
+                "max_drift",
+                "number?",
+                "the drift at which it is undone and the teacher asked",
+            ),
+            (
+                "loss",
+                "number?",
+                "mean negative log-likelihood of the chunk just read",
+            ),
+            ("loss_before", "number?", "the same of the chunks before it"),
+        ],
+    },
+    Record {
         name: "Choice",
         doc: "What decide and accept may return instead of two strings.",
         fields: &[
@@ -262,6 +295,20 @@ pub const RECORDS: &[Record] = &[
         fields: &[
             ("use", "boolean", ""),
             ("weight", "number?", "0 to 100, 1 unless given"),
+            ("reason", "string?", ""),
+        ],
+    },
+    Record {
+        name: "Learn",
+        doc: "What fast_weights may return instead of a boolean.",
+        fields: &[
+            ("on", "boolean?", "true unless given"),
+            (
+                "step",
+                "number?",
+                "factor on the trained step size, 0 to 10; 1 unless given",
+            ),
+            ("reset", "boolean?", "back to the trained weights"),
             ("reason", "string?", ""),
         ],
     },
@@ -464,6 +511,12 @@ pub const SIGNATURES: &[Signature] = &[
         argument: ("live", "Live"),
         returns: "boolean?, string?",
         doc: "Take the promoted student back?",
+    },
+    Signature {
+        hook: Hook::FastWeights,
+        argument: ("fast", "Fast"),
+        returns: "boolean? | Learn?, string?",
+        doc: "How does the student go on learning while it reads?",
     },
 ];
 

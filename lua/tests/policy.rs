@@ -55,6 +55,9 @@ fn a_policy_without_hooks_has_the_documented_defaults() {
     assert_eq!(policy.label(&EpisodeInfo::default()), None);
     assert_eq!(policy.recipe(&DatasetInfo::default()), None);
     assert_eq!(policy.rollback(&LiveInfo::default()), None);
+    let fast = policy.fast_weights(&FastInfo::default());
+    assert_eq!(fast, FastVerdict::as_trained());
+    assert!(!policy.rules_fast_weights());
     assert_eq!(
         (policy.view(), policy.settings()),
         (View::default(), Settings::default())
@@ -235,6 +238,32 @@ fn each_hook_returns_what_the_guide_says() {
     let rollback = |body: &str| with("rollback", body).rollback(&LiveInfo::default());
     assert_eq!(rollback("return true, 'bad'"), Some((true, "bad".into())));
     assert_eq!(rollback("return nil"), None);
+
+    let seen = FastInfo {
+        drift: 0.08,
+        max_drift: Some(0.1),
+        loss: Some(2.0),
+        loss_before: Some(1.5),
+        ..Default::default()
+    };
+    let fast = |body: &str| with("fast_weights", body).fast_weights(&seen);
+    assert_eq!(fast("return nil"), FastVerdict::as_trained());
+    assert_eq!(
+        fast("return x.drift < 0.05, 'far'"),
+        FastVerdict::off("far")
+    );
+    let harder = fast("return { step = x.loss > x.loss_before and 0.5 or 1, reset = true }");
+    assert_eq!((harder.on, harder.step, harder.reset), (true, 0.5, true));
+    for (body, said) in [
+        ("return { step = 11 }", "`step` must lie between 0 and 10"),
+        ("return { step = 0/0 }", "`step`"),
+        ("return { reset = 1 }", "`reset` must be a boolean"),
+        ("return { lr = 1 }", "unknown field `lr`"),
+        ("return 'off'", "a boolean, a table or nil"),
+    ] {
+        let verdict = fast(body);
+        assert!(!verdict.on && verdict.reason.contains(said), "{verdict:?}");
+    }
 }
 
 #[test]
@@ -297,13 +326,14 @@ fn a_failing_hook_ends_in_the_fail_safe_of_the_trait() {
         GateVote::Hold(_)
     ));
     assert_eq!(policy.rollback(&LiveInfo::default()), None);
+    assert!(!policy.fast_weights(&FastInfo::default()).on);
     assert!(policy
         .stats()
         .iter()
         .all(|hook| (hook.calls, hook.failures) == (1, 1)));
 }
 
-fn hook_names() -> [&'static str; 10] {
+fn hook_names() -> [&'static str; 11] {
     locum_lua::hooks::Hook::ALL.map(|hook| hook.name())
 }
 

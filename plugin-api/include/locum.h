@@ -241,7 +241,8 @@ enum {
   LOCUM_REASON_LATE = 11,
   LOCUM_REASON_REFUSED = 12,             /* the policy refused the student's answer                                 */
   LOCUM_REASON_FAULT = 13,               /* something in here failed                                                */
-  LOCUM_REASON_CLOSED = 14
+  LOCUM_REASON_CLOSED = 14,
+  LOCUM_REASON_DRIFTED = 15              /* what the student learned while it read went too far and was undone      */
 };
 
 /* locum_decision.who: zero is the teacher, so that a zeroed struct is the safe answer */
@@ -266,7 +267,9 @@ enum {
   LOCUM_EVENT_ROLLED_BACK = 5,      /* the version of the student that was taken back                             */
   LOCUM_EVENT_STORE_TROUBLE = 6,    /* the disk refuses; episodes are marked incomplete                           */
   LOCUM_EVENT_POLICY_LOADED = 7,
-  LOCUM_EVENT_FAULT = 8             /* something in here failed; the teacher plays from now on                    */
+  LOCUM_EVENT_FAULT = 8,            /* something in here failed; the teacher plays from now on                    */
+  LOCUM_EVENT_FAST_WEIGHTS = 9      /* the version of a student whose learning in an episode was undone; detail:
+                                     * {"episode","layer","drift"} (drift null: no number)                        */
 };
 
 typedef struct {
@@ -522,6 +525,33 @@ LOCUM_API int32_t locum_student_use(locum handle, uint64_t version, locum_error 
 /* Takes the promoted student back: the one before it plays again, or the teacher where there was none.
  * LOCUM_E_NOT_FOUND: none is promoted; LOCUM_E_STORE.                                     [any-thread] [may-block] */
 LOCUM_API int32_t locum_student_rollback(locum handle, locum_error **error);
+
+/* What the student has learned in an episode while it read, for students with layers that do (else "on" is false):
+ *     {"on","position","chunk","bytes","drift","layers":[{"layer","drift","waiting"}],"snapshot","snapshots":[N]}
+ * `drift` is the change of a weight relative to its size. `*json` is yours.               [any-thread] [may-block]
+ * LOCUM_E_MODEL: there is no model.                                                                                   */
+LOCUM_API int32_t locum_fast_weights(locum_episode episode, locum_bytes *json, locum_error **error);
+
+/* Switches that learning off (`on` 0) or on for the rest of the episode, from its next step on. Off, its students play as
+ * they were trained, to the bit.                                                                      [any-thread] */
+LOCUM_API int32_t locum_fast_weights_switch(locum_episode episode, int32_t on, locum_error **error);
+
+/* Undoes what was learned in the episode so far and goes on learning.                     [any-thread] [may-block]
+ * LOCUM_E_NOT_FOUND: nothing was read yet; LOCUM_E_BUSY: no answer within ten seconds; LOCUM_E_MODEL.                 */
+LOCUM_API int32_t locum_fast_weights_reset(locum_episode episode, locum_error **error);
+
+/* Keeps a copy of the episode's state in memory: what was learned, and keys and values. `*snapshot` is its number. It is
+ * forgotten with the episode and when another student comes into service.                 [any-thread] [may-block]
+ * LOCUM_E_NOT_FOUND: nothing was read yet; LOCUM_E_LIMIT: 16 of an episode, or no room; LOCUM_E_BUSY; LOCUM_E_MODEL.  */
+LOCUM_API int32_t locum_fast_weights_snapshot(locum_episode episode, uint64_t *snapshot, locum_error **error);
+
+/* Puts a copy back, as often as asked: the next step goes on from there as far as its messages begin alike.
+ * LOCUM_E_NOT_FOUND: not this episode's; LOCUM_E_BUSY: an answer is being made; LOCUM_E_MODEL. [any-thread] [may-block] */
+LOCUM_API int32_t locum_fast_weights_restore(locum_episode episode, uint64_t snapshot, locum_error **error);
+
+/* Forgets a copy, or with `snapshot` 0 all of the episode's.                              [any-thread] [may-block]
+ * LOCUM_E_NOT_FOUND: not this episode's; LOCUM_E_BUSY; LOCUM_E_MODEL.                                                 */
+LOCUM_API int32_t locum_fast_weights_forget(locum_episode episode, uint64_t snapshot, locum_error **error);
 
 /* Counters as a JSON object: episodes, steps, who answered, latencies, queues, hooks, the student in place.
  * `*json` is yours.                                                                       [any-thread] [may-block] */

@@ -169,6 +169,34 @@ class Episode {
     detail::checked(locum_episode_drop(handle_));
     handle_ = locum_episode{0};
   }
+  std::string fast_weights() const {
+    locum_bytes json{};
+    detail::Slot error;
+    error.check(locum_fast_weights(handle_, &json, error.out()));
+    return detail::take(json);
+  }
+  void switch_fast_weights(bool on) {
+    detail::Slot error;
+    error.check(locum_fast_weights_switch(handle_, on ? 1 : 0, error.out()));
+  }
+  void reset_fast_weights() {
+    detail::Slot error;
+    error.check(locum_fast_weights_reset(handle_, error.out()));
+  }
+  std::uint64_t snapshot_fast_weights() {
+    std::uint64_t snapshot = 0;
+    detail::Slot error;
+    error.check(locum_fast_weights_snapshot(handle_, &snapshot, error.out()));
+    return snapshot;
+  }
+  void restore_fast_weights(std::uint64_t snapshot) {
+    detail::Slot error;
+    error.check(locum_fast_weights_restore(handle_, snapshot, error.out()));
+  }
+  void forget_fast_weights(std::uint64_t snapshot = 0) {
+    detail::Slot error;
+    error.check(locum_fast_weights_forget(handle_, snapshot, error.out()));
+  }
 
   // Never throws: whatever fails, the teacher is asked, and `reason` says why.
   locum_decision decide(const locum_request &request) noexcept {

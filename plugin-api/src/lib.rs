@@ -19,6 +19,7 @@ mod structs;
 mod decide;
 mod episode;
 mod event;
+mod fast;
 mod library;
 mod life;
 mod log;

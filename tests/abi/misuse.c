@@ -78,6 +78,16 @@ static void refuse_episode(locum_episode e) {
   CHECK(decision.who == LOCUM_WHO_TEACHER && decision.reason[0] != '\0');
   STATUS(LOCUM_E_MISUSE, locum_generate(e, &request, &call, NULL));
   CHECK(call.id == 0);
+  uint64_t snapshot = 77;
+  locum_bytes report = {0};
+  STATUS(LOCUM_E_MISUSE, locum_fast_weights(e, &report, NULL));
+  CHECK(report.ptr == NULL && report.owner == 0);
+  STATUS(LOCUM_E_MISUSE, locum_fast_weights_switch(e, 1, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_fast_weights_reset(e, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_fast_weights_snapshot(e, &snapshot, NULL));
+  CHECK(snapshot == 0);
+  STATUS(LOCUM_E_MISUSE, locum_fast_weights_restore(e, 1, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_fast_weights_forget(e, 0, NULL));
   if (e.id != 0) STATUS(LOCUM_E_MISUSE, locum_episode_drop(e));
 }
 

@@ -113,6 +113,7 @@ fn ask(engine: &Engine, student: &Arc<Student>, question: &Question, at: usize) 
         temperature: 0.0,
         seed: 0,
         fast_weights: true,
+        fast_rule: None,
         background: true,
     }))
 }

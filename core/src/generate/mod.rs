@@ -3,6 +3,7 @@
 //! Jobs join and leave between two tokens, so a short answer never waits for a long one to end. An answer keeps the student
 //! that it began with, however often the student in service changes meanwhile.
 
+mod fast;
 mod prefix;
 mod sampler;
 mod scheduler;
@@ -19,6 +20,8 @@ use crate::kernels::{Gate, Hold};
 use crate::model::Model;
 use crate::store::spawn_quiet;
 use crate::view::View;
+
+pub use fast::{FastError, FastLayer, FastOp, FastOrder, FastReport, FastRule, FastSeen};
 
 /// A student ready to serve. Immutable; shared by the jobs that run on it.
 pub struct Student {
@@ -84,6 +87,8 @@ pub struct Job {
     pub seed: u64,
     /// Whether the student's TTT layers, where it has some, learn while they read this episode.
     pub fast_weights: bool,
+    /// Asked how they shall learn; without one they do as they were trained to.
+    pub fast_rule: Option<FastRule>,
     /// Runs only while no other job is there, and ends without a word to `on_done`: whoever submitted it looks at its ticket.
     pub background: bool,
 }
@@ -136,6 +141,11 @@ pub enum GenerateError {
     Model(String),
     #[error("the answer cannot go on under its grammar: {0}")]
     Grammar(String),
+    /// What a layer learned while reading moved it past the cap, or to no number; it has begun again from its trained weight.
+    #[error(
+        "what was learned while reading moved layer {layer} by {drift} of its size, and was undone"
+    )]
+    Drifted { layer: u16, drift: f32 },
     /// A defect of the engine; it answers nothing more.
     #[error("the engine failed: {0}")]
     Fault(String),
@@ -190,6 +200,7 @@ struct Shared {
 #[derive(Default)]
 struct Inbox {
     jobs: Vec<(Job, Ticket, Option<Hold>)>,
+    fast: Vec<fast::Request>,
     keep_only: Option<Vec<u64>>,
     stop: bool,
 }
@@ -356,5 +367,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+#[cfg(test)]
+mod fast_tests;
 #[cfg(test)]
 mod tests;

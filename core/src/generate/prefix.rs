@@ -110,6 +110,24 @@ impl Prefixes {
         }
     }
 
+    /// The episode's own sequence, the newest student's if it has several.
+    pub fn own(&mut self, key: u128) -> Option<&mut Sequence> {
+        let own = self.kept.iter_mut().filter(|kept| kept.key == key);
+        own.max_by_key(|kept| kept.version)
+            .map(|kept| &mut kept.sequence)
+    }
+
+    /// Puts `sequence` in the place of [`Self::own`]; false if there is none.
+    pub fn replace(&mut self, key: u128, sequence: Sequence) -> bool {
+        let bytes = sequence.bytes();
+        let Some(own) = self.own(key) else {
+            return false;
+        };
+        let before = std::mem::replace(own, sequence).bytes();
+        self.bytes = self.bytes - before + bytes;
+        true
+    }
+
     /// Forgets the sequences of all other students.
     pub fn keep_only(&mut self, versions: &[u64]) {
         self.kept.retain(|kept| versions.contains(&kept.version));

@@ -41,6 +41,7 @@ fn job(student: &Arc<Student>, prompt: &str) -> Job {
         temperature: 0.0,
         seed: 0,
         fast_weights: true,
+        fast_rule: None,
         background: false,
     }
 }

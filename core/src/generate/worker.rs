@@ -4,19 +4,23 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::fast::{self, FastOp, FastReport, Snapshots};
 use super::prefix::Prefixes;
 use super::sampler;
 use super::scheduler::{self, Slot, MAX_PREFILL_ROWS};
 use super::{
-    locked, EngineCounters, EngineOptions, Finish, GenerateError, Generated, Job, Shared, Ticket,
+    locked, EngineCounters, EngineOptions, FastError, Finish, GenerateError, Generated, Job,
+    Shared, Ticket,
 };
 use crate::chat::Grammar;
-use crate::kernels::{Hold, Pool, Random};
+use crate::kernels::{log_sum_exp, Hold, Pool, Random};
 use crate::limits::{MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS};
-use crate::model::Sequence;
+use crate::model::{Model, Sequence};
 
 /// Room for a reply in a new sequence; it grows if that is not enough.
 const REPLY_ROOM: usize = 64;
+/// Tokens of each chunk whose loss is looked at where a rule wants to know: their logits cost little beside the chunk's.
+const LOSS_TOKENS: usize = 16;
 
 /// Serves until the engine is dropped.
 pub(super) fn run(
@@ -32,6 +36,7 @@ pub(super) fn run(
         on_done,
         active: Vec::new(),
         prefixes: Prefixes::new(options.cache_bytes),
+        snapshots: Snapshots::new(options.cache_bytes),
         last_student: 0,
         counters: EngineCounters::default(),
         prefill: Speed::default(),
@@ -39,9 +44,10 @@ pub(super) fn run(
         fault: None,
     };
     loop {
-        let (jobs, keep_only, stop) = {
+        let (jobs, fast, keep_only, stop) = {
             let mut inbox = locked(&shared.inbox);
             while inbox.jobs.is_empty()
+                && inbox.fast.is_empty()
                 && inbox.keep_only.is_none()
                 && !inbox.stop
                 && worker.active.is_empty()
@@ -53,6 +59,7 @@ pub(super) fn run(
             }
             (
                 std::mem::take(&mut inbox.jobs),
+                std::mem::take(&mut inbox.fast),
                 inbox.keep_only.take(),
                 inbox.stop,
             )
@@ -65,6 +72,11 @@ pub(super) fn run(
             worker.end_all(&GenerateError::Closed);
             return;
         }
+        for request in fast {
+            let done = worker.fast(request.key, request.op);
+            // Whoever asked may have stopped waiting.
+            request.answer.map(|answer| answer.send(done));
+        }
         if worker.fault.is_none() {
             let turn = catch_unwind(AssertUnwindSafe(|| worker.turn(keep_only)));
             if let Err(panic) = turn {
@@ -76,6 +88,7 @@ pub(super) fn run(
         if let Some(why) = worker.fault.clone() {
             worker.end_all(&GenerateError::Fault(why));
             worker.prefixes.keep_only(&[]);
+            worker.snapshots.clear();
         }
         worker.publish(&shared);
     }
@@ -88,6 +101,7 @@ impl Drop for End<'_> {
     fn drop(&mut self) {
         let mut inbox = locked(&self.0.inbox);
         inbox.stop = true;
+        inbox.fast.clear();
         for (_, ticket, _) in inbox.jobs.drain(..) {
             ticket.end(Err(GenerateError::Closed));
         }
@@ -190,7 +204,43 @@ impl Active {
         let sequence = found.unwrap_or_else(|| student.model.sequence(capacity, learning));
         self.cached_tokens = sequence.ids.len().min(self.prompt_len);
         self.sequence = Some(sequence);
+        self.ask_rule(false);
         None
+    }
+
+    /// Has the job's rule say how the sequence goes on learning.
+    fn ask_rule(&mut self, behind_chunk: bool) {
+        let (Some(rule), Some(sequence)) = (&self.job.fast_rule, &mut self.sequence) else {
+            return;
+        };
+        let fast = &mut sequence.fast;
+        let Some(trained) = self
+            .job
+            .student
+            .model
+            .config
+            .ttt
+            .as_ref()
+            .filter(|_| fast.is_on())
+        else {
+            return;
+        };
+        let order = rule(&fast::seen(fast, sequence.ids.len(), behind_chunk));
+        if order.reset {
+            fast.reset();
+        }
+        fast.switch(order.on);
+        fast.scale_step(trained, order.step);
+    }
+
+    /// Tokens up to the next edge, where a rule wants to be asked there.
+    fn to_edge(&self) -> usize {
+        let chunk = |s: &Sequence| Some(s.fast.chunk_len()? - s.ids.len() % s.fast.chunk_len()?);
+        let ruled = self
+            .sequence
+            .as_ref()
+            .filter(|_| self.job.fast_rule.is_some());
+        ruled.and_then(chunk).unwrap_or(usize::MAX)
     }
 
     /// Takes the tokens that the grammar leaves no choice about, and says whether that was the end.
@@ -341,6 +391,42 @@ impl Active {
     }
 }
 
+/// Looks at the loss of some of the tokens just read, those whose next token is known, and ends the chunk's mean at its edge.
+/// `hidden`: the last block's output of the tokens just read (n, d).
+fn note_losses(
+    pool: &Pool,
+    model: &Model,
+    sequence: &mut Sequence,
+    tokens: &[u32],
+    hidden: &[f32],
+) {
+    let Some(chunk) = sequence.fast.chunk_len() else {
+        return;
+    };
+    let (d, vocab) = (model.config.hidden_size, model.config.vocab_size);
+    let end = sequence.ids.len();
+    let from = end - hidden.len() / d;
+    let stride = chunk.div_ceil(LOSS_TOKENS);
+    let chosen: Vec<usize> = (from..end.min(tokens.len() - 1))
+        .filter(|position| position % stride == stride / 2)
+        .collect();
+    let rows: Vec<usize> = chosen.iter().map(|position| position - from).collect();
+    let logits = match rows.is_empty() {
+        true => Vec::new(),
+        false => model.logits(pool, hidden, &rows),
+    };
+    for (position, logits) in chosen.into_iter().zip(logits.chunks_exact(vocab)) {
+        let target = logits[tokens[position + 1] as usize];
+        sequence
+            .fast
+            .losses
+            .add(log_sum_exp(logits) - f64::from(target));
+    }
+    if end.is_multiple_of(chunk) {
+        sequence.fast.losses.close();
+    }
+}
+
 /// Takes the whole characters out of `bytes`; what can never become one turns into U+FFFD. An unfinished one stays.
 fn complete(bytes: &mut Vec<u8>) -> String {
     let mut text = String::new();
@@ -394,6 +480,7 @@ struct Worker {
     /// Oldest first.
     active: Vec<Active>,
     prefixes: Prefixes,
+    snapshots: Snapshots,
     /// The student of the last step, as [`Slot::student`].
     last_student: usize,
     counters: EngineCounters,
@@ -407,6 +494,7 @@ impl Worker {
     fn turn(&mut self, keep_only: Option<Vec<u64>>) {
         if let Some(versions) = keep_only {
             self.prefixes.keep_only(&versions);
+            self.snapshots.clear();
             for active in &mut self.active {
                 active.keep &= versions.contains(&active.job.student.version);
             }
@@ -458,6 +546,7 @@ impl Worker {
                     planned = MAX_PREFILL_ROWS;
                 }
             }
+            let planned = planned.min(active.to_edge());
             if let Some(sequence) = active.sequence.take() {
                 // What was found in the cache makes it less than was planned.
                 let left = active.tokens.len() - sequence.ids.len();
@@ -503,6 +592,7 @@ impl Worker {
         };
         let (mut rows, mut asking) = (Vec::new(), Vec::new());
         let (mut end_row, mut prefill, mut decode) = (0, 0, 0);
+        let width = model.config.hidden_size;
         for (at, mut sequence, tokens) in parts {
             end_row += tokens;
             let active = &mut self.active[at];
@@ -510,17 +600,37 @@ impl Worker {
                 Some(_) => decode += tokens,
                 None => prefill += tokens,
             }
+            let mut drifted = None;
+            for (layer, update) in sequence.fast.updates.drain(..) {
+                self.counters.fast_updates += 1;
+                self.counters.fast_trips += u64::from(update.tripped);
+                let drift = update.drift;
+                let why = GenerateError::Drifted { layer, drift };
+                drifted = drifted.or(update.tripped.then_some(why));
+            }
+            let drift = f64::from(sequence.fast.drift());
+            self.counters.fast_drift = self.counters.fast_drift.max(drift);
+            if let Some(why) = drifted {
+                // Its other layers learned from the same text, and its keys and values are of all of them.
+                ended.push((at, Err(why)));
+                continue;
+            }
             if sequence.ids.len() == active.tokens.len() {
                 rows.push(end_row - 1);
                 asking.push(at);
             }
-            for (_, update) in sequence.fast.updates.drain(..) {
-                self.counters.fast_updates += 1;
-                self.counters.fast_trips += u64::from(update.tripped);
+            if active.job.fast_rule.is_some() {
+                let read = &hidden[(end_row - tokens) * width..end_row * width];
+                note_losses(&self.pool, &model, &mut sequence, &active.tokens, read);
             }
-            let drift = f64::from(sequence.fast.drift());
-            self.counters.fast_drift = self.counters.fast_drift.max(drift);
+            let at_edge = sequence
+                .fast
+                .chunk_len()
+                .is_some_and(|c| sequence.ids.len().is_multiple_of(c));
             active.sequence = Some(sequence);
+            if at_edge {
+                active.ask_rule(true);
+            }
         }
         if !rows.is_empty() {
             let width = model.config.vocab_size;
@@ -535,6 +645,45 @@ impl Worker {
         let seconds = started.elapsed().as_secs_f64() / (prefill + decode).max(1) as f64;
         self.prefill.add(prefill, seconds * prefill as f64);
         self.decode.add(decode, seconds * decode as f64);
+    }
+
+    /// Looks at or changes the state of an episode.
+    fn fast(&mut self, key: u128, op: FastOp) -> Result<FastReport, FastError> {
+        if let FastOp::Forget(number) = op {
+            self.snapshots.forget(key, number)?;
+        }
+        let running = self.active.iter_mut().find(|active| active.job.key == key);
+        let running = running.and_then(|active| active.sequence.as_mut());
+        if let FastOp::Restore(number) = op {
+            if running.is_some() {
+                return Err(FastError::Busy);
+            }
+            let copy = self.snapshots.get(key, number)?.clone();
+            if !self.prefixes.replace(key, copy) {
+                return Err(FastError::Nothing);
+            }
+        }
+        let sequence = match running {
+            Some(sequence) => Some(sequence),
+            None => self.prefixes.own(key),
+        };
+        let Some(sequence) = sequence else {
+            return match op {
+                FastOp::Inspect | FastOp::Forget(_) => Ok(FastReport::default()),
+                _ => Err(FastError::Nothing),
+            };
+        };
+        let mut snapshot = 0;
+        match op {
+            FastOp::Reset => sequence.fast.reset(),
+            FastOp::Snapshot => snapshot = self.snapshots.take(key, sequence)?,
+            FastOp::Inspect | FastOp::Restore(_) | FastOp::Forget(_) => {}
+        }
+        Ok(FastReport {
+            snapshot,
+            snapshots: self.snapshots.of(key),
+            ..fast::report(sequence)
+        })
     }
 
     fn end_where(&mut self, ends: impl Fn(&Active) -> Option<Ended>) {

@@ -1,6 +1,7 @@
 //! The facade: what every door (C ABI, command, Rust host) calls. It decides at the top and leaves computing to the rooms below.
 
 mod events;
+mod fast;
 mod jobs;
 mod record;
 mod serve;

@@ -42,6 +42,8 @@ pub(super) struct Open {
     pub decision: Option<DecisionRecord>,
     /// What a candidate in shadow would say to the step the teacher is about to play.
     pub shadow: Option<Shadow>,
+    /// Whether students learn while they read it: as the policy says, unless the host has switched that off or it went wrong.
+    pub learns: bool,
 }
 
 pub(super) struct LastAnswer {
@@ -104,6 +106,7 @@ impl Locum {
             answer: None,
             decision: None,
             shadow: None,
+            learns: true,
         };
         self.put(Record::Begin(Box::new(episode)))?;
         if let Err(why) = redacted {
@@ -289,6 +292,7 @@ impl Locum {
             return Err(error);
         }
         self.inner.account(id, &open, status, honest);
+        self.inner.forget_snapshots(id);
         self.inner.nudge();
         Ok(())
     }
@@ -333,6 +337,7 @@ impl Locum {
             .lock()
             .unwrap_or_else(|e| e.into_inner())
             .remove(&episode.0);
+        self.inner.forget_snapshots(episode.0);
         self.put(Record::Drop { episode: episode.0 })
     }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Value};
 use sha2::{Digest, Sha256};
 
+use super::fast::key;
 use super::record::{LastAnswer, Plays, Shadow};
 use super::{
     Answer, AnswerError, Decision, EpisodeHandle, Error, Inner, Locum, Pin, Polled, ReasonCode,
@@ -119,7 +120,7 @@ impl Locum {
         };
         let ticket = engine.submit(Job {
             student: offer.student.clone(),
-            key: u128::from_be_bytes(episode.0 .0),
+            key: key(episode.0),
             prompt_ids: prepared.prompt_ids.clone(),
             grammar: Some(prepared.grammar),
             avoid: prepared.avoid,
@@ -127,7 +128,8 @@ impl Locum {
             deadline: Instant::now() + Duration::from_millis(deadline_ms as u64),
             temperature: choice.temperature.unwrap_or(request.temperature).max(0.0),
             seed: request.seed,
-            fast_weights: true,
+            fast_weights: self.inner.learns(episode.0).unwrap_or(false),
+            fast_rule: self.inner.fast_rule(&offer.student, &task),
             background: false,
         });
         Ok(Call {
@@ -449,7 +451,7 @@ impl Inner {
         };
         let ticket = engine.submit(Job {
             student: student.clone(),
-            key: u128::from_be_bytes(episode.0 .0),
+            key: key(episode.0),
             prompt_ids: prepared.prompt_ids,
             grammar: Some(prepared.grammar),
             avoid: prepared.avoid,
@@ -457,7 +459,8 @@ impl Inner {
             deadline: Instant::now() + Duration::from_millis(limits::DEFAULT_DEADLINE_MS as u64),
             temperature: 0.0,
             seed: 0,
-            fast_weights: true,
+            fast_weights: self.learns(episode.0).unwrap_or(false),
+            fast_rule: self.fast_rule(student, task),
             background: true,
         });
         let mut episodes = self.episodes.lock().unwrap_or_else(|e| e.into_inner());
@@ -535,6 +538,11 @@ impl Call {
                     }
                     Err(error @ GenerateError::Closed) => {
                         Err((ReasonCode::Closed, error.to_string()))
+                    }
+                    Err(error @ GenerateError::Drifted { layer, drift }) => {
+                        let student = &self.student;
+                        self.inner.drifted(self.episode, student, layer, drift);
+                        Err((ReasonCode::Drifted, error.to_string()))
                     }
                     Err(error) => Err((ReasonCode::Fault, error.to_string())),
                 };
@@ -701,6 +709,7 @@ fn name_of(code: ReasonCode) -> &'static str {
         ReasonCode::Late => "late",
         ReasonCode::Refused => "refused",
         ReasonCode::Closed => "closed",
+        ReasonCode::Drifted => "drifted",
         _ => "fault",
     }
 }

@@ -411,3 +411,150 @@ fn the_task_of_a_live_episode_is_redacted_like_its_messages() {
         "what could not be redacted never trains"
     );
 }
+
+/// A store whose base learns while it reads, and a host that asks it with [`Eager`].
+fn learning_host(lr: f32) -> (World, Locum) {
+    let world = World::new(0);
+    let dir = tempfile::tempdir().unwrap();
+    let ttt = crate::ttt::TttConfig {
+        layers: vec![0, 1],
+        chunk_len: 16,
+        lr,
+        ..Default::default()
+    };
+    crate::model::write_tiny_learner(dir.path(), 3, &ttt).unwrap();
+    import_base(&world.store, dir.path(), Some("learner")).unwrap();
+    let locum = Locum::open(Options {
+        store_dir: world.store.clone(),
+        base: crate::registry::Registry::open(&world.store)
+            .unwrap()
+            .base_dir(Some("learner"))
+            .unwrap(),
+        no_learning: true,
+        threads: 1,
+        policy: Some(Arc::new(Eager)),
+        ..Options::default()
+    });
+    let locum = locum.unwrap();
+    locum.use_student(Pin::Base).unwrap();
+    (world, locum)
+}
+
+/// Takes whatever the student says, and says nothing of its fast weights.
+struct Eager;
+
+impl Policy for Eager {
+    fn id(&self) -> PolicyId {
+        TeacherFirst.id()
+    }
+    fn decide(&self, _: &StepInfo) -> Choice {
+        Choice::student("it is tried")
+    }
+    fn accept(&self, _: &ReplyInfo) -> Choice {
+        Choice::student("kept")
+    }
+    fn allow_tool(&self, _: &ToolInfo) -> Allow {
+        Allow::Yes
+    }
+    fn redact(&self, step: &RedactInfo) -> Result<Option<String>, HookFailed> {
+        TeacherFirst.redact(step)
+    }
+    fn label(&self, episode: &EpisodeInfo) -> Option<LabelVerdict> {
+        TeacherFirst.label(episode)
+    }
+    fn curate(&self, episode: &EpisodeInfo) -> CurateVerdict {
+        TeacherFirst.curate(episode)
+    }
+    fn schedule(&self, world: &WorldInfo) -> ScheduleVerdict {
+        TeacherFirst.schedule(world)
+    }
+    fn recipe(&self, dataset: &DatasetInfo) -> Option<RecipeKnobs> {
+        TeacherFirst.recipe(dataset)
+    }
+    fn gate(&self, report: &GateInfo) -> GateVote {
+        TeacherFirst.gate(report)
+    }
+    fn rollback(&self, live: &LiveInfo) -> Option<(bool, String)> {
+        TeacherFirst.rollback(live)
+    }
+}
+
+/// One answer to a long question with one tool.
+fn answer(
+    locum: &Locum,
+    handle: &super::EpisodeHandle,
+) -> Result<super::Answer, super::AnswerError> {
+    let tool = json!([{"type": "function", "function": {"name": "go", "description": "",
+        "parameters": {"type": "object", "properties": {"to": {"enum": ["left", "right"]}}, "required": ["to"]}}}]);
+    let tools = crate::formats::tools_from_json(&tool).unwrap();
+    let request = Request {
+        messages: vec![
+            json!({"role": "user", "content": "which way is it to the sea? ".repeat(6)}),
+        ],
+        tools,
+        allow_text: false,
+        ..Request::default()
+    };
+    let call = locum.generate(handle, &request).unwrap();
+    assert!(call.wait(Duration::from_secs(60)));
+    call.result()
+}
+
+#[test]
+fn an_episode_learns_within_its_own_bounds_and_the_host_can_look_switch_keep_and_restore() {
+    let (_world, locum) = learning_host(0.001);
+    let (one, two) = (
+        locum.begin(EpisodeStart::default()).unwrap(),
+        locum.begin(EpisodeStart::default()).unwrap(),
+    );
+    assert!(!locum.fast_weights(&one).unwrap().on, "nothing was read");
+    assert!(locum.snapshot_fast_weights(&one).is_err());
+    let first = answer(&locum, &one).unwrap();
+    let learned = locum.fast_weights(&one).unwrap();
+    assert!(learned.on && learned.drift > 0.0, "{learned:?}");
+    let snapshot = locum.snapshot_fast_weights(&one).unwrap();
+    locum.reset_fast_weights(&one).unwrap();
+    assert_eq!(locum.fast_weights(&one).unwrap().drift, 0.0);
+    locum.restore_fast_weights(&one, snapshot).unwrap();
+    assert_eq!(locum.fast_weights(&one).unwrap().drift, learned.drift);
+    let foreign = locum.restore_fast_weights(&two, snapshot);
+    assert!(
+        matches!(foreign, Err(Error::NotFound { .. })),
+        "{foreign:?}"
+    );
+
+    locum.switch_fast_weights(&two, false).unwrap();
+    let plain = answer(&locum, &two).unwrap();
+    assert!(!locum.fast_weights(&two).unwrap().on);
+    assert_ne!(plain.mean_logprob, first.mean_logprob);
+    locum.forget_fast_weights(&one, 0).unwrap();
+    let gone = locum.restore_fast_weights(&one, snapshot);
+    assert!(matches!(gone, Err(Error::NotFound { .. })), "{gone:?}");
+
+    locum.end(&one, Outcome::default()).unwrap();
+    assert!(locum.fast_weights(&one).is_err(), "the episode has ended");
+    assert!(locum.switch_fast_weights(&one, true).is_err());
+}
+
+#[test]
+fn a_runaway_drift_asks_the_teacher_says_so_and_is_the_last_of_its_episode() {
+    let (_world, locum) = learning_host(100.0);
+    let handle = locum.begin(EpisodeStart::default()).unwrap();
+    let refused = answer(&locum, &handle).unwrap_err();
+    let super::AnswerError::Teacher { reason, code } = refused else {
+        panic!("{refused}");
+    };
+    assert_eq!(code, ReasonCode::Drifted, "{reason}");
+    let events = std::iter::from_fn(|| locum.next_event());
+    let event = events
+        .into_iter()
+        .find(|e| e.kind == super::EventKind::FastWeights);
+    let event = event.expect("an event says that a layer was reset");
+    assert_eq!(event.detail["episode"], handle.0.to_string());
+    assert!(locum.stats().engine.fast_trips > 0);
+    assert_eq!(locum.stats().deferral_reasons["drifted"], 1);
+
+    let next = answer(&locum, &handle).unwrap();
+    assert!(!locum.fast_weights(&handle).unwrap().on);
+    assert!(next.confidence > 0.0);
+}

@@ -112,6 +112,8 @@ pub enum ReasonCode {
     Refused = 12,
     Fault = 13,
     Closed = 14,
+    /// What the student learned while it read moved a layer too far, and was undone.
+    Drifted = 15,
 }
 
 /// Who plays a step.
@@ -399,6 +401,8 @@ pub enum EventKind {
     StoreTrouble = 6,
     PolicyLoaded = 7,
     Fault = 8,
+    /// What a student learned in an episode was undone; it plays the rest of it as it was trained.
+    FastWeights = 9,
 }
 
 /// Reference to an episode that has begun and not ended.

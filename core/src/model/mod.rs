@@ -29,7 +29,9 @@ pub use gguf::{read_gguf, Gguf};
 pub use lora::{AdapterConfig, Lora};
 pub use packed::{Compute, WeightFormat};
 pub use params::{LayerParam, ParamId, LINEARS};
-pub use sequence::{FastWeights, KvCache, Sequence};
+pub use sequence::{ChunkLosses, FastWeights, KvCache, Sequence};
+#[cfg(test)]
+pub(crate) use tiny::write_tiny_learner;
 pub use tiny::{write_tiny, TINY_CHARS};
 pub use weights::{
     decode, encode, read_config, write_atomically, write_safetensors, FileDtype, Param, Weights,

@@ -110,7 +110,52 @@ pub struct FastWeights {
     pub layers: BTreeMap<u16, FastWeight>,
     /// What was learned since somebody last took these, with the layer it was learned in.
     pub updates: Vec<(u16, Update)>,
+    /// How hard the tokens of each chunk were, for whoever judges whether learning helps.
+    pub losses: ChunkLosses,
     pub(super) config: Option<Arc<TttConfig>>,
+    /// While set, the trained weights play and nothing is learned.
+    pub(super) off: bool,
+}
+
+/// Mean loss of some tokens of each chunk, before the chunk was learned from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ChunkLosses {
+    /// Of the chunks behind; `None` for one of which no token was looked at.
+    done: Vec<Option<f32>>,
+    sum: f64,
+    tokens: u32,
+}
+
+impl ChunkLosses {
+    /// Counts a token of the open chunk.
+    pub fn add(&mut self, loss: f64) {
+        self.sum += loss;
+        self.tokens += 1;
+    }
+
+    /// Ends the open chunk.
+    pub fn close(&mut self) {
+        let mean = (self.tokens > 0).then(|| (self.sum / f64::from(self.tokens)) as f32);
+        self.done.push(mean);
+        (self.sum, self.tokens) = (0.0, 0);
+    }
+
+    /// The last chunk's.
+    pub fn last(&self) -> Option<f32> {
+        self.done.last().copied().flatten()
+    }
+
+    /// The mean of all chunks before the last.
+    pub fn before(&self) -> Option<f32> {
+        let (_, before) = self.done.split_last()?;
+        let known: Vec<f32> = before.iter().flatten().copied().collect();
+        (!known.is_empty()).then(|| known.iter().sum::<f32>() / known.len() as f32)
+    }
+
+    fn truncate(&mut self, chunks: usize) {
+        self.done.truncate(chunks);
+        (self.sum, self.tokens) = (0.0, 0);
+    }
 }
 
 impl FastWeights {
@@ -126,6 +171,37 @@ impl FastWeights {
             .fold(0.0, |most, fast| most.max(fast.drift()))
     }
 
+    /// Tokens of a chunk, where anything learns.
+    pub fn chunk_len(&self) -> Option<usize> {
+        let config = self.config.as_ref().filter(|_| self.is_on())?;
+        Some(config.chunk_len)
+    }
+
+    /// Back to the trained weights in all layers. What was read stays read; the rest of the open chunk is not learned from.
+    pub fn reset(&mut self) {
+        self.layers.values_mut().for_each(FastWeight::reset);
+    }
+
+    /// Switched off, the trained weights play from the next token on and nothing is learned; switched on again, learning begins anew
+    /// with the next whole chunk.
+    pub fn switch(&mut self, on: bool) {
+        if !on {
+            self.reset();
+        }
+        self.off = !on;
+    }
+
+    /// Multiplies the step size of `trained` by `factor`, for the chunks from the open one on.
+    pub fn scale_step(&mut self, trained: &TttConfig, factor: f32) {
+        let lr = trained.lr * factor;
+        if let Some(config) = self.config.as_mut().filter(|c| c.lr != lr) {
+            Arc::make_mut(config).lr = lr;
+            self.layers
+                .values_mut()
+                .for_each(FastWeight::begin_sum_anew);
+        }
+    }
+
     /// Bytes held for this sequence.
     pub fn bytes(&self) -> usize {
         self.layers.values().map(FastWeight::bytes).sum()
@@ -137,9 +213,12 @@ impl FastWeights {
             return true;
         };
         // All layers stand on the same grid, so either all can go back or none.
-        self.layers
-            .values_mut()
-            .all(|fast| fast.truncate(config, position).is_ok())
+        let back = |fast: &mut FastWeight| fast.truncate(config, position).is_ok();
+        let all = self.layers.values_mut().all(back);
+        if all {
+            self.losses.truncate(position / config.chunk_len);
+        }
+        all
     }
 }
 

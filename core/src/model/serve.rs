@@ -226,8 +226,7 @@ impl Step<'_> {
             self.model.config.hidden_size,
             self.model.config.intermediate_size,
         );
-        let (Some(config), Some(trained)) = (&self.model.config.ttt, self.model.ttt_layer(layer))
-        else {
+        let Some(trained) = self.model.ttt_layer(layer) else {
             unreachable!("layer {layer} learns without having been trained to");
         };
         let mut y = vec![0.0; self.positions.len() * d];
@@ -242,12 +241,21 @@ impl Step<'_> {
         for (reading, fast) in self.readings.iter().zip(fasts) {
             let end = reading.row + reading.len;
             let FastWeights {
-                layers, updates, ..
+                layers,
+                updates,
+                config,
+                off,
+                ..
             } = &mut **fast;
-            let Some(weight) = layers.get_mut(&(layer as u16)) else {
+            let (Some(weight), Some(config)) = (layers.get_mut(&(layer as u16)), config) else {
                 own_product(reading.row..end, &mut y);
                 continue;
             };
+            if *off {
+                own_product(reading.row..end, &mut y);
+                weight.skip(reading.len);
+                continue;
+            }
             let mut row = reading.row;
             while row < end {
                 let to = end.min(row + weight.room(config));

@@ -91,6 +91,20 @@ pub(crate) fn random_model(raw: &Value, seed: u64, sigma: f64) -> Result<Model, 
     Model::new(config, Weights { params })
 }
 
+/// [`write_tiny`] with layers that learn, their filters and projections as random as the rest.
+#[cfg(test)]
+pub(crate) fn write_tiny_learner(
+    dir: &Path,
+    seed: u64,
+    ttt: &crate::ttt::TttConfig,
+) -> Result<(), ModelError> {
+    write_tiny(dir, seed)?;
+    let mut raw = Model::load(dir)?.config.raw;
+    let fields = raw.as_object_mut().expect("a config is an object");
+    fields.extend(ttt.to_json());
+    random_model(&raw, seed, 0.08)?.save(dir, FileDtype::F32)
+}
+
 /// GPT-2's map from bytes to printable characters.
 fn byte_char(byte: u8) -> char {
     let plain = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);

@@ -306,6 +306,12 @@ impl FastWeight {
         self.judge(pool, config)
     }
 
+    /// Forgets what was summed ahead of the edge, so that another step size counts for the whole of the open chunk.
+    pub fn begin_sum_anew(&mut self) {
+        self.ahead = None;
+        self.rows_ahead = 0;
+    }
+
     /// Back to the trained weight, as at the start of an episode. The position stays, and so does the grid: the rest of an open chunk
     /// is not learned from.
     pub fn reset(&mut self) {

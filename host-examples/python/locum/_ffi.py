@@ -38,6 +38,7 @@ REASONS = {
     12: "refused",
     13: "fault",
     14: "closed",
+    15: "drifted",
 }
 EVENTS = {
     1: "call_done",
@@ -48,6 +49,7 @@ EVENTS = {
     6: "store_trouble",
     7: "policy_loaded",
     8: "fault",
+    9: "fast_weights",
 }
 PINS = {"automatic": 0, "teacher": 2**64 - 1, "base": 2**64 - 2}
 
@@ -175,6 +177,12 @@ FUNCTIONS: list[tuple[str, Any, list[Any]]] = [
     ("locum_distil_cancel", c_int32, [_HANDLE, c_uint64, _ERROR]),
     ("locum_distil_pause", c_int32, [_HANDLE, c_uint64, _ERROR]),
     ("locum_distil_resume", c_int32, [_HANDLE, c_uint64, _ERROR]),
+    ("locum_fast_weights", c_int32, [_HANDLE, POINTER(Bytes), _ERROR]),
+    ("locum_fast_weights_switch", c_int32, [_HANDLE, c_int32, _ERROR]),
+    ("locum_fast_weights_reset", c_int32, [_HANDLE, _ERROR]),
+    ("locum_fast_weights_snapshot", c_int32, [_HANDLE, POINTER(c_uint64), _ERROR]),
+    ("locum_fast_weights_restore", c_int32, [_HANDLE, c_uint64, _ERROR]),
+    ("locum_fast_weights_forget", c_int32, [_HANDLE, c_uint64, _ERROR]),
     ("locum_student_list", c_int32, [_HANDLE, POINTER(Bytes), _ERROR]),
     ("locum_student_use", c_int32, [_HANDLE, c_uint64, _ERROR]),
     ("locum_student_rollback", c_int32, [_HANDLE, _ERROR]),

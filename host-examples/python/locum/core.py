@@ -439,6 +439,37 @@ class Episode:
     async def outcome_async(self, success: bool | str | None, **more: Any) -> None:
         await _in_thread(self.outcome, success, **more)
 
+    def fast_weights(self) -> dict[str, Any]:
+        """What the student has learned in this episode while it read: drift and bytes, layer by layer.
+
+        This and the calls below may wait for the step of the model that is under way.
+        """
+        data = _ffi.Bytes()
+        self._lib.call("locum_fast_weights", self._live(), byref(data))
+        return dict(json.loads(self._lib.take(data)))
+
+    def switch_fast_weights(self, on: bool) -> None:
+        """Switches that learning off or on from the next step on. Off, students play as they were trained, to the bit."""
+        self._lib.call("locum_fast_weights_switch", self._live(), int(on))
+
+    def reset_fast_weights(self) -> None:
+        """Undoes what was learned so far and goes on learning. Raises `NotFound` if nothing was read yet."""
+        self._lib.call("locum_fast_weights_reset", self._live())
+
+    def snapshot_fast_weights(self) -> int:
+        """Keeps a copy of the episode's state in memory, and gives its number for `restore_fast_weights`."""
+        number = c_uint64()
+        self._lib.call("locum_fast_weights_snapshot", self._live(), byref(number))
+        return number.value
+
+    def restore_fast_weights(self, snapshot: int) -> None:
+        """Puts a copy back, as often as asked. Raises `NotFound` if it is not this episode's, `Busy` while an answer is made."""
+        self._lib.call("locum_fast_weights_restore", self._live(), snapshot)
+
+    def forget_fast_weights(self, snapshot: int = 0) -> None:
+        """Forgets a copy, or with 0 all of the episode's."""
+        self._lib.call("locum_fast_weights_forget", self._live(), snapshot)
+
     def drop(self) -> None:
         """Forgets the episode, also on disk."""
         with self._turn:
