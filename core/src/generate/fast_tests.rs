@@ -176,13 +176,12 @@ fn the_rule_switches_off_scales_and_resets() {
         ..FastOrder::default()
     };
     let (reset, _) = from(16, anew);
-    // Each chunk from then on begins with the trained weights, so that the drift is one chunk's.
-    assert!(
-        reset[3..]
-            .iter()
-            .all(|s| s.drift > 0.0 && s.drift < 1.7 * reset[1].drift),
-        "{reset:?}"
-    );
+    // Each chunk of the prompt begins with the trained weights from then on, so that no drift is more than a chunk's.
+    let chunks = reset[3..].iter().filter(|s| s.loss.is_some());
+    let most = chunks.fold(0f32, |most, s| most.max(s.drift));
+    assert!(most > 0.0 && most < 2.0 * reset[1].drift, "{reset:?}");
+    let (free, _) = ruled(&student, |_| FastOrder::default());
+    assert!(free[9].drift > most, "{free:?}");
 }
 
 #[test]
