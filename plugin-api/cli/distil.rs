@@ -171,6 +171,9 @@ fn detail(status: &JobStatus) -> String {
             status.tokens_done, status.tokens_total
         ));
     }
+    if status.tokens_shared > 0 {
+        parts.push(format!("{} of them shared", status.tokens_shared));
+    }
     if let Some(loss) = status.loss {
         parts.push(format!("loss {loss:.3}"));
     }

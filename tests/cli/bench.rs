@@ -51,6 +51,11 @@ fn every_bench_measures_what_it_names() {
         assert_eq!((losses.len(), train["method"].as_str()), (4, Some(method)));
         assert!(train["tok_s"].as_f64().unwrap() > 0.0);
     }
+    let train = world.json(&[
+        "bench", "train", "--model", tiny, "--runs", "2", "--tokens", "64", "--shared", "75",
+    ]);
+    assert_eq!(train["tokens_saved"], 3.0 * 48.0);
+    assert!(train["times_as_fast"].as_f64().unwrap() > 0.0);
 }
 
 #[test]

@@ -155,17 +155,22 @@ fn greedy_text_equals_transformers() {
     }
 }
 
-/// Loss on ids[30..] and its gradients, packed behind another sequence without loss, which must change nothing.
+/// Loss on ids[30..] and its gradients, packed beside another sequence without loss, which must change nothing, also where the two
+/// begin with the same `shared` tokens.
 fn loss_and_gradients(
     model: &Model,
     lora: Option<&Lora>,
     ids: &[u32],
     trainable: Vec<(TrainId, usize)>,
+    shared: usize,
 ) -> (f64, Grads) {
     let pool = Pool::new(2, 0);
-    let noise: Vec<u32> = (0..13).map(|i| (i * 11 + 2) % 96).collect();
-    let packed: Vec<u32> = noise.iter().chain(ids).copied().collect();
-    let rows = PackedRows::new(&[noise.len(), ids.len()]);
+    let mut noise: Vec<u32> = (0..13).map(|i| (i * 11 + 2) % 96).collect();
+    noise.splice(..0, ids[..shared].iter().copied());
+    let sequences = [&noise[..], ids];
+    let rows = model.packed_rows(&sequences, true);
+    assert_eq!(rows.shared(), shared);
+    let packed = rows.ids(&sequences);
     let mut x = model.embed(&packed).unwrap();
     let mut tape = Tape::default();
     model.blocks(
@@ -177,7 +182,7 @@ fn loss_and_gradients(
         Some(&mut tape),
     );
     let n = ids.len() - 30;
-    let at: Vec<usize> = (0..n).map(|i| noise.len() + 29 + i).collect();
+    let at: Vec<usize> = rows.rows_of(1).skip(29).take(n).collect();
     let mut grads = Grads::new(trainable);
     let mut dx = vec![0.0; x.len()];
     let weights = vec![1.0; n];
@@ -201,19 +206,22 @@ fn every_gradient_of_full_fine_tuning_equals_pytorch() {
             method: Method::Full,
             ..TrainPlan::default()
         };
-        let (loss, grads) = loss_and_gradients(&model, None, &ids, plan.trainable(&model.config));
-        assert!(
-            (loss as f32 - values["loss"][0]).abs() < 1e-5,
-            "{case}: {loss}"
-        );
-        assert_eq!(grads.map.len(), ParamId::all(&model.config).len());
-        for (id, grad) in &grads.map {
-            close(
-                &id.name(),
-                grad,
-                &values[&format!("grad.{}", id.name())],
-                2e-4,
+        for shared in [0, 20, 35] {
+            let trainable = plan.trainable(&model.config);
+            let (loss, grads) = loss_and_gradients(&model, None, &ids, trainable, shared);
+            assert!(
+                (loss as f32 - values["loss"][0]).abs() < 1e-5,
+                "{case}: {loss}"
             );
+            assert_eq!(grads.map.len(), ParamId::all(&model.config).len());
+            for (id, grad) in &grads.map {
+                close(
+                    &id.name(),
+                    grad,
+                    &values[&format!("grad.{}", id.name())],
+                    2e-4,
+                );
+            }
         }
     }
 }
@@ -233,9 +241,9 @@ fn gradients_computed_in_bf16_point_where_those_in_f32_do() {
         ..TrainPlan::default()
     };
     let trainable = plan.trainable(&model.config);
-    let (exact_loss, exact) = loss_and_gradients(&model, None, &ids, trainable.clone());
+    let (exact_loss, exact) = loss_and_gradients(&model, None, &ids, trainable.clone(), 0);
     model.compute = Compute::Bf16;
-    let (loss, grads) = loss_and_gradients(&model, None, &ids, trainable);
+    let (loss, grads) = loss_and_gradients(&model, None, &ids, trainable, 0);
     assert!(
         (loss / exact_loss - 1.0).abs() < 0.01,
         "{loss} {exact_loss}"
@@ -292,20 +300,22 @@ fn an_adapter_equals_peft_in_logits_and_gradients_and_merged_too() {
             },
             ..TrainPlan::default()
         };
-        let (loss, grads) =
-            loss_and_gradients(&model, Some(&lora), &ids, plan.trainable(&model.config));
-        assert!(
-            (loss as f32 - values["lora_loss"][0]).abs() < 2e-5,
-            "{case}: {loss}"
-        );
-        assert_eq!(grads.map.len(), 3 * 7 * 2);
-        for (id, grad) in &grads.map {
-            close(
-                &id.name(),
-                grad,
-                &values[&format!("grad.{}", id.name())],
-                5e-4,
+        for shared in [0, 20] {
+            let trainable = plan.trainable(&model.config);
+            let (loss, grads) = loss_and_gradients(&model, Some(&lora), &ids, trainable, shared);
+            assert!(
+                (loss as f32 - values["lora_loss"][0]).abs() < 2e-5,
+                "{case}: {loss}"
             );
+            assert_eq!(grads.map.len(), 3 * 7 * 2);
+            for (id, grad) in &grads.map {
+                close(
+                    &id.name(),
+                    grad,
+                    &values[&format!("grad.{}", id.name())],
+                    5e-4,
+                );
+            }
         }
     }
 }

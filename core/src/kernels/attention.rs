@@ -4,6 +4,7 @@
 //! Keys stand in blocks of sixteen, transposed, so that one register holds the same element of sixteen keys: [`KeyLayout`].
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::lanes::{on_lanes, Lanes, OnLanes, LANES};
 use super::pool::{Pool, SharedMut};
@@ -89,6 +90,28 @@ pub struct Span<'a> {
     pub v: &'a [f32],
 }
 
+/// Rows of a packed batch that attend as one sequence: `len` rows from `row` on, behind the rows `before`, which other sequences may
+/// stand behind too.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpanRows {
+    pub row: usize,
+    pub len: usize,
+    pub before: Vec<Range<usize>>,
+}
+
+impl SpanRows {
+    /// Position of the first of the rows: how many stand before it.
+    pub fn pos(&self) -> usize {
+        self.before.iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// The sequence's rows up to the last of these, in order.
+    pub fn all(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let own = self.row..self.row + self.len;
+        self.before.iter().cloned().chain([own])
+    }
+}
+
 /// Positions of the queries whose scores are in memory at a time.
 const QUERY_BLOCK: usize = 64;
 /// Keys whose scores are in memory at a time. Blocks begin at its multiples, so that a query's result does not depend on what it
@@ -151,7 +174,7 @@ pub fn attention_of_rows(
     shape: AttentionShape,
     q: &[f32],
     spans: &[Span],
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     out: &mut [f32],
 ) {
     assert!(out.len() >= q.len());

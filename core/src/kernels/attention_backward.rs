@@ -1,6 +1,6 @@
-//! The backward pass of causal grouped-query attention, for packed sequences that are there from their beginning.
+//! The backward pass of causal grouped-query attention, for packed sequences, some of which may share their beginnings.
 
-use super::attention::{with_scratch, AttentionShape};
+use super::attention::{with_scratch, AttentionShape, SpanRows};
 use super::matmul::{matmul, Mat, MatMut};
 use super::pool::{Pool, SharedMut};
 use super::simd;
@@ -16,15 +16,16 @@ pub struct AttentionGrad<'a> {
     pub dv: &'a mut [f32],
 }
 
-/// Backward of [`attention`](super::attention()) for spans that start at position 0 (training): probabilities are computed again, not stored.
-/// Shapes: q, dout (t, h, e); k, v (t, g, e) packed like q; `rows` lists (first row, length) of each sequence.
+/// Backward of [`attention`](super::attention()) for training: probabilities are computed again, not stored.
+/// Shapes: q, dout (t, h, e); k, v (s, g, e), where q has the rows of the spans themselves and k and v also those before them.
+/// A key that several spans read has the sum of their gradients, added up in the order of the spans.
 ///
 /// dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(dO Vᵀ ∘ P)), dQ = dS K / √e, dK = dSᵀ Q / √e (FlashAttention-2, arXiv:2307.08691, eq. 11).
 pub fn attention_backward(
     pool: Option<&Pool>,
     shape: AttentionShape,
     (q, k, v, dout): (&[f32], &[f32], &[f32], &[f32]),
-    rows: &[(usize, usize)],
+    spans: &[SpanRows],
     grad: AttentionGrad,
 ) {
     let (h, g, e) = (
@@ -33,32 +34,37 @@ pub fn attention_backward(
         shape.head_dim,
     );
     let scale = 1.0 / (e as f32).sqrt();
-    let (dq, dk, dv) = (
-        SharedMut::new(grad.dq),
-        SharedMut::new(grad.dk),
-        SharedMut::new(grad.dv),
-    );
-    // One item owns a key/value head of a sequence, so that the heads of its group add up without a race.
-    let items: Vec<(usize, usize)> = (0..rows.len())
+    grad.dk.fill(0.0);
+    grad.dv.fill(0.0);
+    let dq = SharedMut::new(grad.dq);
+    // One item owns a key/value head of a span, so that the heads of its group add up without a race.
+    let items: Vec<(usize, usize)> = (0..spans.len())
+        .filter(|i| spans[*i].len > 0)
         .flat_map(|i| (0..g).map(move |kv| (i, kv)))
         .collect();
+    let mut sums: Vec<Vec<f32>> = vec![Vec::new(); items.len()];
+    let to_sum = SharedMut::new(&mut sums);
     let run = |item: usize| {
         let (i, kv_head) = items[item];
-        let (row, n) = rows[i];
-        let block = QUERY_BLOCK.min(n);
-        let mut dk_sum = vec![0f32; n * e];
-        let mut dv_sum = vec![0f32; n * e];
-        with_scratch(2 * block * n, |scratch| {
-            let (probs, dscores) = scratch.split_at_mut(block * n);
+        let span = &spans[i];
+        let (row, pos, n) = (span.row, span.pos(), span.pos() + span.len);
+        let block = QUERY_BLOCK.min(span.len);
+        let mut sums = vec![0f32; 2 * n * e];
+        let (dk_sum, dv_sum) = sums.split_at_mut(n * e);
+        with_scratch(2 * n * (e + block), |scratch| {
+            let (keys, rest) = scratch.split_at_mut(n * e);
+            let (values, rest) = rest.split_at_mut(n * e);
+            let (probs, dscores) = rest.split_at_mut(block * n);
+            gather(shape, span, kv_head, (k, keys));
+            gather(shape, span, kv_head, (v, values));
             for head in kv_head * shape.group()..(kv_head + 1) * shape.group() {
-                for q0 in (0..n).step_by(block) {
-                    let m = block.min(n - q0);
-                    let s = q0 + m;
+                for q0 in (0..span.len).step_by(block) {
+                    let m = block.min(span.len - q0);
+                    let s = pos + q0 + m;
                     let first = (row + q0) * h * e + head * e;
                     let queries = Mat::strided(&q[first..], m, e, h * e);
                     let douts = Mat::strided(&dout[first..], m, e, h * e);
-                    let keys = Mat::strided(&k[(row * g + kv_head) * e..], s, e, g * e);
-                    let seen = Mat::strided(&v[(row * g + kv_head) * e..], s, e, g * e);
+                    let (keys, values) = (Mat::new(keys, s, e), Mat::new(values, s, e));
                     matmul(
                         None,
                         queries,
@@ -70,13 +76,13 @@ pub fn attention_backward(
                     matmul(
                         None,
                         douts,
-                        seen.t(),
+                        values.t(),
                         1.0,
                         false,
                         MatMut::new(&mut dscores[..m * s], m, s),
                     );
                     for r in 0..m {
-                        let visible = q0 + r + 1;
+                        let visible = pos + q0 + r + 1;
                         let p = &mut probs[r * s..(r + 1) * s];
                         softmax(&mut p[..visible]);
                         p[visible..].fill(0.0);
@@ -112,18 +118,35 @@ pub fn attention_backward(
                 }
             }
         });
-        for r in 0..n {
-            let at = ((row + r) * g + kv_head) * e;
-            // SAFETY: this key/value head of this sequence belongs to this item alone.
-            unsafe {
-                dk.slice(at, e).copy_from_slice(&dk_sum[r * e..(r + 1) * e]);
-                dv.slice(at, e).copy_from_slice(&dv_sum[r * e..(r + 1) * e]);
-            }
-        }
+        // SAFETY: the place of this item's sums belongs to it alone.
+        let place = unsafe { to_sum.slice(item, 1) };
+        place[0] = sums;
     };
     match pool {
         Some(pool) if items.len() > 1 => pool.run(items.len(), run),
         _ => (0..items.len()).for_each(run),
+    }
+    for (&(i, kv_head), sums) in items.iter().zip(&sums) {
+        let (dk_sum, dv_sum) = sums.split_at(sums.len() / 2);
+        for (sums, grad) in [(dk_sum, &mut *grad.dk), (dv_sum, &mut *grad.dv)] {
+            for (row, sum) in spans[i].all().flatten().zip(sums.chunks_exact(e)) {
+                let to = &mut grad[(row * g + kv_head) * e..][..e];
+                to.iter_mut().zip(sum).for_each(|(to, from)| *to += from);
+            }
+        }
+    }
+}
+
+/// One key/value head of all rows of a span (s, g, e) as (n, e).
+fn gather(
+    shape: AttentionShape,
+    span: &SpanRows,
+    kv_head: usize,
+    (from, to): (&[f32], &mut [f32]),
+) {
+    let (g, e) = (shape.num_key_value_heads, shape.head_dim);
+    for (row, to) in span.all().flatten().zip(to.chunks_exact_mut(e)) {
+        to.copy_from_slice(&from[(row * g + kv_head) * e..][..e]);
     }
 }
 
@@ -153,6 +176,8 @@ fn with_output(
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::super::attention::tests::{numbers, slow, SHAPE};
     use super::super::attention::Span;
     use super::*;
@@ -160,8 +185,19 @@ mod tests {
     #[test]
     fn the_backward_pass_agrees_with_finite_differences() {
         let (g, e, h) = (2, 8, 6);
-        let rows = [(0, 5), (5, 70)];
-        let t = 75;
+        // Two sequences of 9 and 75 tokens that begin with the same 5, and one alone.
+        let span = |row, len, before: &[Range<usize>]| SpanRows {
+            row,
+            len,
+            before: before.to_vec(),
+        };
+        let spans = [
+            span(0, 5, &[]),
+            span(5, 4, &[0..5]),
+            span(9, 70, &[0..5]),
+            span(79, 11, &[]),
+        ];
+        let t = 90;
         let (q, k, v) = (
             numbers(t * h * e, 1),
             numbers(t * g * e, 2),
@@ -169,18 +205,23 @@ mod tests {
         );
         let dout = numbers(t * h * e, 4);
         let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {
-            rows.iter()
-                .map(|&(row, len)| {
+            let picked = |from: &[f32], span: &SpanRows| -> Vec<f32> {
+                let row = |row: usize| from[row * g * e..(row + 1) * g * e].to_vec();
+                span.all().flatten().flat_map(row).collect()
+            };
+            spans
+                .iter()
+                .map(|rows| {
                     let span = Span {
-                        row,
-                        len,
-                        pos: 0,
-                        k: &k[row * g * e..],
-                        v: &v[row * g * e..],
+                        row: rows.row,
+                        len: rows.len,
+                        pos: rows.pos(),
+                        k: &picked(k, rows),
+                        v: &picked(v, rows),
                     };
                     let out = slow(SHAPE, q, &span);
                     out.iter()
-                        .zip(&dout[row * h * e..])
+                        .zip(&dout[rows.row * h * e..])
                         .map(|(o, d)| *o as f64 * *d as f64)
                         .sum::<f64>()
                 })
@@ -196,7 +237,7 @@ mod tests {
             Some(&Pool::new(2, 0)),
             SHAPE,
             (&q, &k, &v, &dout),
-            &rows,
+            &spans,
             grad,
         );
         let check = |which: usize, at: usize, got: f32| {
@@ -215,7 +256,7 @@ mod tests {
         for at in (0..q.len()).step_by(401) {
             check(0, at, dq[at]);
         }
-        for at in (0..k.len()).step_by(97) {
+        for at in (0..k.len()).step_by(31) {
             check(1, at, dk[at]);
             check(2, at, dv[at]);
         }

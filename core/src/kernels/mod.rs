@@ -28,7 +28,7 @@ mod softmax;
 mod speed;
 mod vector;
 
-pub use attention::{attention, attention_of_rows, AttentionShape, KeyLayout, Span};
+pub use attention::{attention, attention_of_rows, AttentionShape, KeyLayout, Span, SpanRows};
 pub use attention_backward::{attention_backward, AttentionGrad};
 pub use bf16::{matmul_bf16, round_bf16};
 pub use buffer::Buffer;

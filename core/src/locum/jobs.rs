@@ -587,6 +587,7 @@ fn show(status: &mut JobStatus, stage: &Stage) -> JobState {
             status.samples = *samples;
             status.tokens_done = progress.tokens;
             status.tokens_total = progress.tokens_total;
+            status.tokens_shared = progress.tokens_shared;
             // Evaluation is the last tenth.
             let by_time = progress.seconds / (progress.seconds + progress.seconds_left).max(1e-9);
             status.progress = 0.9 * by_time.min(1.0);

@@ -282,6 +282,8 @@ pub struct JobStatus {
     pub progress: f64,
     pub tokens_done: u64,
     pub tokens_total: u64,
+    /// Of `tokens_done`, those that were not computed because another sample of their step begins with them too.
+    pub tokens_shared: u64,
     pub loss: Option<f64>,
     pub held_out_loss: Option<f64>,
     pub seconds: f64,

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use super::config::Architecture;
-use super::forward::{BlockTape, Kept, PackedRows, Tape};
+use super::forward::{whole_sequences, BlockTape, Kept, Tape};
 use super::params::LayerParam::{self, *};
-use super::{Lora, Model, ParamId};
+use super::{Lora, Model, PackedRows, ParamId};
 use crate::kernels::{
     add, attention_backward, cross_entropy, matmul, rms_norm, rms_norm_backward, rope_backward,
     swiglu_backward, AttentionGrad, AttentionShape, Mat, MatMut, Pool, RowLoss, SharedMut,
+    SpanRows,
 };
 use crate::ttt::{self, TttConfig, TttGrad, TttLayer};
 
@@ -218,7 +219,7 @@ impl Model {
         let [conv, proj] = [TttConv, TttProj].map(|which| TrainId::Full(id(which)));
         let mut sums = [conv, proj].map(|key| grads.map.remove(&key));
         let [dconv, dproj] = &mut sums;
-        for &(row, len) in &rows.spans {
+        for &SpanRows { row, len, .. } in whole_sequences(rows) {
             let (z, u) = (row * f..(row + len) * f, row * d..(row + len) * d);
             let grad = TttGrad {
                 dz: &mut dact[z.clone()],

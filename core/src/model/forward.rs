@@ -3,44 +3,15 @@
 
 use super::config::Architecture;
 use super::params::LayerParam::{self, *};
-use super::{Lora, Model, ModelError, ParamId};
+use super::{Lora, Model, ModelError, PackedRows, ParamId};
 use crate::kernels::{
-    add, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, Buffer, Mat, MatMut, Pool,
-    Span,
+    add, attention, matmul, matmul_nt_small, rms_norm, rope, swiglu, AttentionShape, Buffer, Mat,
+    MatMut, Pool, Span, SpanRows,
 };
 use crate::ttt::{self, TttConfig, TttLayer, TttMode, TttTarget};
 
 /// Rows up to which a product is memory-bound and read row by row.
 const SMALL_ROWS: usize = 6;
-
-/// Where sequences stand in a packed batch, for training: (first row, length) each, all from position 0.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PackedRows {
-    pub spans: Vec<(usize, usize)>,
-    pub positions: Vec<u32>,
-}
-
-impl PackedRows {
-    /// Packs sequences of these lengths.
-    pub fn new(lengths: &[usize]) -> Self {
-        let mut rows = Self::default();
-        for &len in lengths {
-            rows.spans.push((rows.positions.len(), len));
-            rows.positions.extend(0..len as u32);
-        }
-        rows
-    }
-
-    /// Rows in all.
-    pub fn len(&self) -> usize {
-        self.positions.len()
-    }
-
-    /// True if no sequence was packed.
-    pub fn is_empty(&self) -> bool {
-        self.positions.is_empty()
-    }
-}
 
 /// Activations of one block that its backward pass reads.
 #[derive(Default)]
@@ -204,6 +175,16 @@ impl Model {
         Some((config, self.ttt_layer(layer).filter(|_| here)?))
     }
 
+    /// Packs a training batch: with `share`, what several sequences begin with stands there once, unless layers learn while they read,
+    /// for what those have learned belongs to one sequence.
+    pub fn packed_rows(&self, sequences: &[&[u32]], share: bool) -> PackedRows {
+        let learning = (0..self.config.num_hidden_layers).any(|l| self.learning_layer(l).is_some());
+        match share && !learning {
+            true => PackedRows::sharing(sequences),
+            false => PackedRows::new(&sequences.iter().map(|ids| ids.len()).collect::<Vec<_>>()),
+        }
+    }
+
     /// One block: `x += o(attention(norm(x)))`, then `x += down(silu(gate) ∘ up)` of the norm of that.
     #[allow(clippy::too_many_arguments)]
     fn block(
@@ -258,30 +239,23 @@ impl Model {
 
         let mut mixed = pool.buffer(t * qd);
         let shape = c.attention_shape();
-        let keys: Vec<Buffer> = rows
-            .spans
-            .iter()
-            .map(|&(row, len)| {
-                let mut keys = pool.buffer(shape.keys().len(len));
-                shape
-                    .keys()
-                    .write(&mut keys, 0, &k[row * kd..(row + len) * kd]);
-                keys
-            })
+        let read: Vec<(Buffer, Buffer)> = (rows.spans.iter())
+            .map(|span| keys_and_values(pool, shape, span, &k, &v))
             .collect();
-        let spans: Vec<Span> = rows
-            .spans
-            .iter()
-            .zip(&keys)
-            .map(|(&(row, len), k)| Span {
-                row,
-                len,
-                pos: 0,
-                k,
-                v: &v[row * kd..],
+        let spans: Vec<Span> = (rows.spans.iter().zip(&read))
+            .map(|(span, (keys, values))| Span {
+                row: span.row,
+                len: span.len,
+                pos: span.pos(),
+                k: keys,
+                v: match span.before.is_empty() {
+                    true => &v[span.row * kd..],
+                    false => values,
+                },
             })
             .collect();
         attention(Some(pool), shape, &q, &spans, &mut mixed);
+        drop(read);
         let mut x2 = linear(O, &mixed, qd, d);
         add(pool, x, &mut x2);
 
@@ -300,7 +274,7 @@ impl Model {
                         let merged = lora.and_then(|l| l.merged(pool, self, id));
                         let w = merged.as_deref().unwrap_or(self.param(id));
                         let mut y = pool.buffer(t * d);
-                        for &(row, len) in &rows.spans {
+                        for &SpanRows { row, len, .. } in whole_sequences(rows) {
                             let (z, u) = (row * f..(row + len) * f, row * d..(row + len) * d);
                             let seen = (&act[z], &n2[u.clone()]);
                             ttt::forward(Some(pool), trained.0, trained.1, w, seen, &mut y[u]);
@@ -331,6 +305,45 @@ impl Model {
             };
         }
     }
+}
+
+/// The keys that a span's queries read, in their layout, and the values where they do not stand side by side already.
+fn keys_and_values(
+    pool: &Pool,
+    shape: AttentionShape,
+    span: &SpanRows,
+    k: &[f32],
+    v: &[f32],
+) -> (Buffer, Buffer) {
+    let width = shape.num_key_value_heads * shape.head_dim;
+    let n = span.pos() + span.len;
+    let mut keys = pool.buffer(shape.keys().len(n));
+    let mut values = match span.before.is_empty() {
+        true => Buffer::default(),
+        false => pool.buffer(n * width),
+    };
+    let mut at = 0;
+    for rows in span.all() {
+        let (n, rows) = (rows.len(), rows.start * width..rows.end * width);
+        shape.keys().write(&mut keys, at, &k[rows.clone()]);
+        if !values.is_empty() {
+            values[at * width..(at + n) * width].copy_from_slice(&v[rows]);
+        }
+        at += n;
+    }
+    (keys, values)
+}
+
+/// The spans of sequences that share nothing, for layers whose state belongs to one sequence.
+///
+/// # Panics
+/// If some rows are shared.
+pub(super) fn whole_sequences(rows: &PackedRows) -> &[SpanRows] {
+    assert!(
+        rows.shared() == 0,
+        "a layer that learns while it reads was given rows of several sequences at once"
+    );
+    &rows.spans
 }
 
 /// `y = x wᵀ`: x (t, width), w (out, width), y (t, out).

@@ -11,6 +11,7 @@ mod gguf;
 mod lora;
 mod packed;
 mod params;
+mod rows;
 mod sequence;
 mod serve;
 #[cfg(test)]
@@ -24,11 +25,12 @@ use std::sync::Arc;
 
 pub use backward::{Grads, HeadLoss, TrainId, HEAD_ROWS};
 pub use config::{Architecture, Config, Llama3Scaling};
-pub use forward::{PackedRows, Tape};
+pub use forward::Tape;
 pub use gguf::{read_gguf, Gguf};
 pub use lora::{AdapterConfig, Lora};
 pub use packed::{Compute, WeightFormat};
 pub use params::{LayerParam, ParamId, LINEARS};
+pub use rows::PackedRows;
 pub use sequence::{ChunkLosses, FastWeights, KvCache, Sequence};
 #[cfg(test)]
 pub(crate) use tiny::write_tiny_learner;

@@ -53,6 +53,8 @@ pub struct Progress {
     pub step: u64,
     pub tokens: u64,
     pub tokens_total: u64,
+    /// Tokens of those that were not computed, because another sample of their step begins with them too.
+    pub tokens_shared: u64,
     pub seconds: f64,
     pub loss: f64,
     pub held_out_loss: Option<f64>,
@@ -85,6 +87,8 @@ pub struct Trained {
     pub lora: Option<Lora>,
     pub curve: Vec<CurvePoint>,
     pub tokens: u64,
+    /// As in [`Progress`].
+    pub tokens_shared: u64,
     pub steps: u64,
     /// Seconds of all runs together, resumed ones included.
     pub seconds: f64,
@@ -98,6 +102,8 @@ pub(super) struct State {
     pub data: String,
     pub step: u64,
     pub tokens: u64,
+    #[serde(default)]
+    pub tokens_shared: u64,
     pub epoch: u64,
     /// Batches of the epoch already done.
     pub batch: usize,
@@ -130,9 +136,15 @@ pub(super) struct Since {
 pub(super) struct Trainee {
     pub model: Model,
     pub lora: Option<Lora>,
+    /// Whether what the samples of a batch begin with is computed once.
+    pub share: bool,
 }
 
 impl Trainee {
+    fn rows(&self, samples: &[Sample], batch: &[usize]) -> PackedRows {
+        self.model.packed_rows(&ids_of(samples, batch), self.share)
+    }
+
     pub(super) fn with(&mut self, id: TrainId, change: &mut dyn FnMut(&mut [f32])) {
         match id {
             TrainId::Full(id) => {
@@ -223,7 +235,11 @@ pub fn fit(
         )),
         _ => None,
     };
-    let mut trainee = Trainee { model: base, lora };
+    let mut trainee = Trainee {
+        model: base,
+        lora,
+        share: plan.share_beginnings,
+    };
     trainee.model.compute = plan.compute;
     let _buffers = pool.keeping();
     let all = train.iter().chain(held_out).map(|s| s.ids.len()).sum();
@@ -321,12 +337,14 @@ pub fn fit(
             state.step += 1;
             state.batch += 1;
             state.tokens += outcome.tokens;
+            state.tokens_shared += outcome.shared;
             state.seconds = before + started.elapsed().as_secs_f64();
             speed.push(state.seconds, state.tokens);
             let progress = Progress {
                 step: state.step,
                 tokens: state.tokens,
                 tokens_total: plan.tokens,
+                tokens_shared: state.tokens_shared,
                 seconds: state.seconds,
                 loss: outcome.loss / outcome.weight.max(1e-9),
                 held_out_loss: state.curve.last().and_then(|p| p.held_out_loss),
@@ -391,6 +409,7 @@ pub fn fit(
         lora: trainee.lora,
         curve: state.curve,
         tokens: state.tokens,
+        tokens_shared: state.tokens_shared,
         steps: state.step,
         seconds: state.seconds,
         stopped,
@@ -406,6 +425,7 @@ pub fn evaluate_loss(
     let trainee = Trainee {
         model: model.clone(),
         lora: None,
+        share: true,
     };
     held_out_loss(
         pool,
@@ -426,15 +446,16 @@ fn share_done(plan: &TrainPlan, state: &State) -> f64 {
     }
 }
 
-struct StepOutcome {
-    loss: f64,
-    weight: f64,
-    tokens: u64,
-    trimmed: u64,
+pub(super) struct StepOutcome {
+    pub loss: f64,
+    pub weight: f64,
+    pub tokens: u64,
+    pub shared: u64,
+    pub trimmed: u64,
 }
 
 #[allow(clippy::too_many_arguments)]
-fn step_gradients(
+pub(super) fn step_gradients(
     pool: &Pool,
     trainee: &Trainee,
     samples: &[Sample],
@@ -447,13 +468,8 @@ fn step_gradients(
 ) -> Result<StepOutcome, TrainError> {
     let model = &trainee.model;
     let lora = trainee.lora.as_ref();
-    let rows = PackedRows::new(
-        &batch
-            .iter()
-            .map(|&i| samples[i].ids.len())
-            .collect::<Vec<_>>(),
-    );
-    let mut x = lower.outputs(pool, model, samples, batch)?;
+    let rows = trainee.rows(samples, batch);
+    let mut x = lower.outputs(pool, trainee, samples, batch, &rows)?;
     model.blocks(
         pool,
         (first, model.config.num_hidden_layers),
@@ -479,12 +495,14 @@ fn step_gradients(
         }
     }
     let weight: f32 = weights.iter().sum();
-    let tokens = rows.len() as u64;
+    let shared = rows.shared() as u64;
+    let tokens = rows.len() as u64 + shared;
     if weight <= 0.0 {
         return Ok(StepOutcome {
             loss: 0.0,
             weight: 0.0,
             tokens,
+            shared,
             trimmed,
         });
     }
@@ -497,21 +515,24 @@ fn step_gradients(
     );
     model.blocks_backward(pool, &rows, lora, tape, &mut dx, grads);
     if grads.map.contains_key(&TrainId::Full(ParamId::Embed)) {
-        let ids: Vec<u32> = batch
-            .iter()
-            .flat_map(|&i| samples[i].ids.iter().copied())
-            .collect();
+        let ids = rows.ids(&ids_of(samples, batch));
         model.embed_backward(&ids, &dx, grads);
     }
     Ok(StepOutcome {
         loss: loss.loss,
         weight: loss.weight,
         tokens,
+        shared,
         trimmed,
     })
 }
 
-/// Rows that predict a target, with label, weight and the batch entry they belong to.
+fn ids_of<'a>(samples: &'a [Sample], batch: &[usize]) -> Vec<&'a [u32]> {
+    batch.iter().map(|&i| &samples[i].ids[..]).collect()
+}
+
+/// Rows that predict a target, with label, weight and the batch entry they belong to. A shared row is there once for each entry
+/// that learns from it, so that the weights of its labels add up.
 fn targets(
     samples: &[Sample],
     batch: &[usize],
@@ -519,11 +540,12 @@ fn targets(
 ) -> (Vec<usize>, Vec<u32>, Vec<f32>, Vec<usize>) {
     let (mut at, mut labels, mut weights, mut owner) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (entry, (&i, &(row, _))) in batch.iter().zip(&rows.spans).enumerate() {
+    for (entry, &i) in batch.iter().enumerate() {
         let sample = &samples[i];
-        for position in sample.target_start..sample.ids.len() {
-            at.push(row + position - 1);
-            labels.push(sample.ids[position]);
+        let before = rows.rows_of(entry).skip(sample.target_start - 1);
+        for (row, label) in before.zip(&sample.ids[sample.target_start..]) {
+            at.push(row);
+            labels.push(*label);
             weights.push(sample.weight);
             owner.push(entry);
         }
@@ -544,13 +566,8 @@ fn held_out_loss(
         .collect();
     let (mut loss, mut weight, mut exact) = (0.0, 0.0, 0usize);
     for batch in pack(&all, samples, 640) {
-        let rows = PackedRows::new(
-            &batch
-                .iter()
-                .map(|&i| samples[i].ids.len())
-                .collect::<Vec<_>>(),
-        );
-        let mut x = lower.outputs(pool, model, samples, &batch)?;
+        let rows = trainee.rows(samples, &batch);
+        let mut x = lower.outputs(pool, trainee, samples, &batch, &rows)?;
         model.blocks(
             pool,
             (first, model.config.num_hidden_layers),
@@ -640,14 +657,14 @@ fn pack(order: &[usize], samples: &[Sample], batch_tokens: usize) -> Vec<Vec<usi
 /// Outputs of the frozen blocks below `first`, one (t, d) in bf16 a sample, kept after the first use while they fit.
 ///
 /// They are rounded to bf16 at the first use too, so that a resumed job sees the same numbers as an unbroken one.
-struct LowerCache {
+pub(super) struct LowerCache {
     first: usize,
     kept: Vec<Option<Vec<bf16>>>,
     room: usize,
 }
 
 impl LowerCache {
-    fn new(first: usize, samples: usize, bytes: usize) -> Self {
+    pub fn new(first: usize, samples: usize, bytes: usize) -> Self {
         Self {
             first,
             kept: vec![None; samples],
@@ -655,19 +672,18 @@ impl LowerCache {
         }
     }
 
+    /// The input (t, d) of block `first` for a batch that stands in `rows`.
     fn outputs(
         &mut self,
         pool: &Pool,
-        model: &Model,
+        trainee: &Trainee,
         samples: &[Sample],
         batch: &[usize],
+        rows: &PackedRows,
     ) -> Result<Vec<f32>, TrainError> {
+        let model = &trainee.model;
         if self.first == 0 {
-            let ids: Vec<u32> = batch
-                .iter()
-                .flat_map(|&i| samples[i].ids.iter().copied())
-                .collect();
-            return Ok(model.embed(&ids)?);
+            return Ok(model.embed(&rows.ids(&ids_of(samples, batch)))?);
         }
         let d = model.config.hidden_size;
         let missing: Vec<usize> = batch
@@ -677,33 +693,26 @@ impl LowerCache {
             .collect();
         let mut fresh = std::collections::BTreeMap::new();
         if !missing.is_empty() {
-            let rows = PackedRows::new(
-                &missing
-                    .iter()
-                    .map(|&i| samples[i].ids.len())
-                    .collect::<Vec<_>>(),
-            );
-            let ids: Vec<u32> = missing
-                .iter()
-                .flat_map(|&i| samples[i].ids.iter().copied())
-                .collect();
-            let mut x = model.embed(&ids)?;
+            let rows = trainee.rows(samples, &missing);
+            let mut x = model.embed(&rows.ids(&ids_of(samples, &missing)))?;
             model.blocks(pool, (0, self.first), &rows, None, &mut x, None);
-            for (&i, &(row, len)) in missing.iter().zip(&rows.spans) {
-                let rounded: Vec<bf16> = x[row * d..(row + len) * d]
+            for (entry, &i) in missing.iter().enumerate() {
+                let rounded: Vec<bf16> = rows.sequences[entry]
                     .iter()
+                    .flat_map(|rows| &x[rows.start * d..rows.end * d])
                     .map(|x| bf16::from_f32(*x))
                     .collect();
                 fresh.insert(i, rounded);
             }
         }
-        let mut out = Vec::with_capacity(batch.iter().map(|&i| samples[i].ids.len() * d).sum());
-        for &i in batch {
-            let rounded = self.kept[i]
-                .as_ref()
-                .or_else(|| fresh.get(&i))
-                .expect("kept or just computed");
-            out.extend(rounded.iter().map(|x| x.to_f32()));
+        let mut out = vec![0.0; rows.len() * d];
+        for (entry, i) in batch.iter().enumerate() {
+            let kept = self.kept[*i].as_ref().or_else(|| fresh.get(i));
+            let mut rounded = kept.expect("kept or just computed").iter();
+            for rows in &rows.sequences[entry] {
+                let to = out[rows.start * d..rows.end * d].iter_mut();
+                to.zip(&mut rounded).for_each(|(to, x)| *to = x.to_f32());
+            }
         }
         for (i, rounded) in fresh {
             let bytes = 2 * rounded.len();

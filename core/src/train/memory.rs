@@ -25,6 +25,9 @@ pub struct Memory {
 impl Memory {
     /// The estimate for steps of `rows` tokens, none longer than `longest` in one sequence, over samples of `tokens` in all.
     ///
+    /// Samples that share their beginnings have fewer rows than this counts, and less to keep; keys and values that stand side by side
+    /// for each of them take no more than the rows that they save.
+    ///
     /// With d, q, g, f, v the widths of a row of hidden states, queries, keys, the MLP and the vocabulary, a block's tape has
     /// 4 d + 2 q + 2 g + 3 f numbers a row, and its backward pass 3 f + 4 d + 2 q + 2 g of its own.
     pub fn of(

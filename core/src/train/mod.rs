@@ -5,6 +5,8 @@ mod fit;
 mod memory;
 mod optim;
 mod plan;
+#[cfg(test)]
+mod tests;
 
 pub use checkpoint::forget;
 pub use fit::{evaluate_loss, fit, CurvePoint, Flow, Progress, Sample, StopReason, Trained};

@@ -56,6 +56,10 @@ pub struct TrainPlan {
     /// Where the activations of all blocks do not fit, some are computed again in the backward pass, to the same bits.
     #[serde(default)]
     pub memory_bytes: u64,
+    /// Computes what several samples of a step begin with once ([`PackedRows::sharing`](crate::model::PackedRows::sharing)). Losses and
+    /// gradients are the same up to the order of sums; the batches are the same. Without effect on layers that learn while they read.
+    #[serde(default = "shares")]
+    pub share_beginnings: bool,
     /// Layers that learn while the student reads, given to a model that has none.
     #[serde(default)]
     pub ttt: Option<TttPlan>,
@@ -126,9 +130,15 @@ impl Default for TrainPlan {
             checkpoint_seconds: 45.0,
             compute: Compute::F32,
             memory_bytes: 0,
+            share_beginnings: shares(),
             ttt: None,
         }
     }
+}
+
+/// Also for plans of checkpoints from before there was a choice: they go on, to losses that differ by rounding.
+fn shares() -> bool {
+    true
 }
 
 impl TrainPlan {

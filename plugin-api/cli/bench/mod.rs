@@ -55,6 +55,9 @@ pub struct Args {
     /// Numbers of the products in `train`: bf16 by itself where the processor is faster at it
     #[arg(long, value_parser = ["bf16", "f32"])]
     compute: Option<String>,
+    /// Share of each row that all rows of `train` begin with, in percent: the step is timed with that computed once, and each time
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=99))]
+    shared: u8,
     /// Memory that `train` may take; with less, more is computed twice
     #[arg(long)]
     memory_mib: Option<usize>,

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::kernels::{
     add_in_place, attention, attention_backward, matmul, rms_norm, rms_norm_backward, rope,
     rope_backward, swiglu, swiglu_backward, AttentionGrad, AttentionShape, Mat, MatMut, RopeTable,
-    Span,
+    Span, SpanRows,
 };
 use crate::ttt::{self, FastWeight, StartWeight, TttConfig, TttGrad, TttLayer, TttTarget, Update};
 
@@ -462,7 +462,15 @@ impl Decoder {
             dk: &mut dk,
             dv: &mut dv,
         };
-        attention_backward(None, shape, (&b.q, &b.k, &b.v, &dmixed), spans, grad);
+        let rows: Vec<SpanRows> = spans
+            .iter()
+            .map(|&(row, len)| SpanRows {
+                row,
+                len,
+                ..SpanRows::default()
+            })
+            .collect();
+        attention_backward(None, shape, (&b.q, &b.k, &b.v, &dmixed), &rows, grad);
         let positions: Vec<u32> = (0..t as u32).collect();
         rope_backward(None, &self.rope, &mut dq, h, &positions);
         rope_backward(None, &self.rope, &mut dk, g, &positions);
