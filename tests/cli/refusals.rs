@@ -25,7 +25,7 @@ fn wrong_usage_exits_with_2_and_help_with_0() {
     let help = world.run(&["--help"]);
     assert_eq!(help.code(), 0);
     for command in [
-        "doctor", "model", "episodes", "distil", "students", "promote", "rollback", "policy",
+        "doctor", "model", "episodes", "distil", "eval", "students", "promote", "rollback", "policy",
         "report",
     ] {
         assert!(

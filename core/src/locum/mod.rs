@@ -2,6 +2,7 @@
 
 mod events;
 mod jobs;
+mod judge;
 mod record;
 mod serve;
 mod show;
@@ -20,6 +21,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 pub use crate::error::Error;
+pub use judge::TttOptions;
 pub use serve::Call;
 pub use types::*;
 
@@ -139,6 +141,7 @@ impl Locum {
                     view: loaded.view.clone(),
                     tool_names: Default::default(),
                     held_out_exact: None,
+                    learns: false,
                 });
                 base = Some(Base {
                     student,

@@ -127,7 +127,7 @@ impl Locum {
             deadline: Instant::now() + Duration::from_millis(deadline_ms as u64),
             temperature: choice.temperature.unwrap_or(request.temperature).max(0.0),
             seed: request.seed,
-            fast_weights: true,
+            fast_weights: offer.student.learns,
             background: false,
         });
         Ok(Call {
@@ -457,7 +457,7 @@ impl Inner {
             deadline: Instant::now() + Duration::from_millis(limits::DEFAULT_DEADLINE_MS as u64),
             temperature: 0.0,
             seed: 0,
-            fast_weights: true,
+            fast_weights: student.learns,
             background: true,
         });
         let mut episodes = self.episodes.lock().unwrap_or_else(|e| e.into_inner());

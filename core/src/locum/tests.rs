@@ -84,6 +84,7 @@ fn canary() -> Trial {
         view: View::default(),
         tool_names: Default::default(),
         held_out_exact: None,
+        learns: false,
     };
     Trial {
         record: TrialRecord {

@@ -51,6 +51,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
                 .collect(),
             target_start: 1,
             weight: 1.0,
+            ..Sample::default()
         })
         .collect();
     let method = args.method.name();
