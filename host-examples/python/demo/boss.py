@@ -19,7 +19,7 @@ except ModuleNotFoundError:  # run from a checkout: the package is beside this f
     sys.path.insert(0, str(HERE.parent))
     import locum
 
-from babyai import World  # noqa: E402
+from babyai import GOAL_REACHED, World  # noqa: E402
 
 from locum import Locum, LocumError  # noqa: E402
 
@@ -49,6 +49,8 @@ def brief(text: str) -> str:
     >>> brief("See: red ball 2 ahead 1 right; open blue door 3 left. wall 5 ahead, wall 2 left. Carrying green key.")
     'red ball 2 ahead 1 right; open blue door 3 left; wall 5 ahead; carrying green key'
     """
+    if "See: " not in text:
+        return text
     goal, _, view = text.rpartition("See: ")
     things, _, rest = view.partition(". ")
     seen = [t for t in things.split("; ") if t != "nothing"][:THINGS]
@@ -76,7 +78,7 @@ def record(store: Locum, seed: int, steps: list[tuple[str, str]]) -> None:
         for at, (_, action) in enumerate(steps):
             call = {"id": f"call_{at}", "type": "function", "function": {"name": action, "arguments": "{}"}}
             kept.message({"role": "assistant", "content": None, "tool_calls": [call]}, actor="teacher", model="babyai-bot")
-            then = steps[at + 1][0] if at + 1 < len(steps) else "Goal reached."
+            then = steps[at + 1][0] if at + 1 < len(steps) else GOAL_REACHED
             kept.message({"role": "tool", "tool_call_id": call["id"], "content": then})
         kept.outcome(True, reason="the goal was reached")
 

@@ -140,10 +140,29 @@ fn a_window_hides_what_was_read_long_ago_and_only_that() {
     assert_ne!(learned(&a), learned(&b));
 }
 
+/// The same text with the actions that the model itself would have said: whatever changes it at random then makes them less likely.
+fn as_said_by(pool: &Pool, model: &Model, mut stream: Stream) -> Stream {
+    let mut sequence = model.sequence(8, false);
+    let mut said = 0;
+    for at in 0..stream.ids.len() {
+        if stream.actions.iter().any(|action| action.contains(&at)) {
+            stream.ids[at] = said;
+        }
+        let hidden = model.step(pool, &mut [(&mut sequence, &stream.ids[at..at + 1])]);
+        let logits = model.logits(pool, &hidden.unwrap(), &[0]);
+        let best = |best: usize, at: usize| if logits[at] > logits[best] { at } else { best };
+        said = (0..logits.len()).fold(0, best) as u32;
+    }
+    stream
+}
+
 #[test]
 fn a_random_filter_is_judged_off_and_an_untrained_one_too() {
     let pool = Pool::new(2, 0);
-    let streams: Vec<Stream> = (0..8).map(|seed| stream(200, 40 + seed)).collect();
+    let plain = learner(0.0, 5).packed(WeightFormat::Bf16);
+    let streams: Vec<Stream> = (0..8)
+        .map(|seed| as_said_by(&pool, &plain, stream(200, 40 + seed)))
+        .collect();
     for (deviation, harms) in [(0.5, true), (0.0, false)] {
         let model = learner(deviation, 5).packed(WeightFormat::Bf16);
         let verdict = judge(&pool, &model, &streams, 0.05, &mut || true)
