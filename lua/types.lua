@@ -180,6 +180,7 @@
 ---@field steps_back? number earlier agent turns shown
 ---@field older? string call, values or call_and_line
 ---@field full_steps? number of which so many are shown whole
+---@field turns? boolean the history as turns of the chat, for whole episodes in one text
 ---@field observation_chars? number
 ---@field focus? number clauses that share words with the goal
 ---@field focus_overlap? number words they must share

@@ -1,6 +1,7 @@
 //! Tokens to learn from: one [`Sample`] for each target of a curated episode, rendered by the very functions that serving uses.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -56,9 +57,18 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Tokens of all training samples, prompts included.
+    /// Tokens of all training rows, prompts included.
     pub fn train_tokens(&self) -> usize {
-        self.train.iter().map(|&i| self.samples[i].ids.len()).sum()
+        let rows = self.rows(&self.train).into_iter();
+        rows.filter_map(|row| Some(self.samples[*row.last()?].ids.len()))
+            .sum()
+    }
+
+    /// Positions `side` in rows: samples of an episode, each of which begins with the whole of the one before it, share one.
+    pub fn rows(&self, side: &[usize]) -> Vec<Vec<usize>> {
+        let samples: Vec<&Sample> = side.iter().map(|&i| &self.samples[i]).collect();
+        let rows = rows(&samples).into_iter();
+        rows.map(|row| side[row].to_vec()).collect()
     }
 
     /// Tokens of all training samples that carry loss.
@@ -68,6 +78,24 @@ impl Dataset {
             .map(|&i| self.samples[i].ids.len() - self.samples[i].target_start)
             .sum()
     }
+}
+
+/// Runs of samples that one text holds: of one episode and one weight, each beginning with the whole of the one before it, as under a
+/// view that shows turns. Under another view each sample is a run.
+pub fn rows(samples: &[&Sample]) -> Vec<Range<usize>> {
+    let goes_on = |a: &Sample, b: &Sample| {
+        a.episode != EpisodeId::default()
+            && (a.episode, a.weight) == (b.episode, b.weight)
+            && b.ids[..b.target_start].starts_with(&a.ids)
+    };
+    let mut rows: Vec<Range<usize>> = Vec::new();
+    for (i, sample) in samples.iter().enumerate() {
+        match rows.last_mut() {
+            Some(row) if goes_on(samples[i - 1], sample) => row.end = i + 1,
+            _ => rows.push(i..i + 1),
+        }
+    }
+    rows
 }
 
 /// Limits, and what is mixed in.
@@ -94,6 +122,15 @@ impl Default for BuildOptions {
 /// [`build_with`] default options.
 pub fn build(curated: &Curated, chat: &Chat, view: &View) -> Dataset {
     build_with(curated, chat, view, &BuildOptions::default())
+}
+
+/// Samples of kept episodes alone, without hash: for evaluations.
+pub fn of_kept(kept: &[Kept], chat: &Chat, view: &View) -> Dataset {
+    let render = |calls: &CallFormat, task: &Task, before: &[Step], step: &Step| {
+        render_sample(chat, view, calls, task, before, Some(step))
+            .map_err(|error| error.to_string())
+    };
+    from_targets(kept, BuildOptions::default().max_tokens, &render)
 }
 
 /// Renders every target of every kept episode. A target that cannot be rendered (a tool that the call notation cannot
@@ -389,6 +426,53 @@ mod tests {
         let mut renamed = curated.clone();
         renamed.kept[0].episode.task.id = "another name".into();
         assert_eq!(hash_of(&renamed), first);
+    }
+
+    #[test]
+    fn samples_that_one_text_holds_are_a_row_and_count_once() {
+        let sample = |episode: u64, ids: &[u32], weight: f32| Sample {
+            ids: ids.to_vec(),
+            target_start: ids.len() - 1,
+            weight,
+            episode: match episode {
+                0 => EpisodeId::default(),
+                n => EpisodeId::new(n, 1),
+            },
+            step: 1,
+            task: String::new(),
+            domain: String::new(),
+            calls: Vec::new(),
+        };
+        let samples = vec![
+            sample(1, &[1, 2], 1.0),
+            sample(1, &[1, 2, 3, 4], 1.0),
+            sample(1, &[1, 2, 3, 4, 5, 6], 0.5),
+            sample(1, &[1, 2, 3, 4, 5, 6, 7], 0.5),
+            // Another episode, another beginning, a target inside the row before.
+            sample(2, &[1, 2, 3, 4, 5, 6, 7, 8], 0.5),
+            sample(2, &[9, 2], 0.5),
+            sample(2, &[9, 2], 0.5),
+            sample(0, &[1, 2], 1.0),
+            sample(0, &[1, 2, 3, 4], 1.0),
+        ];
+        let dataset = Dataset {
+            train: vec![0, 1, 3, 4, 5, 6, 7, 8],
+            held_out: vec![2],
+            samples,
+            ..Dataset::default()
+        };
+        let rows = [
+            vec![0, 1],
+            vec![3],
+            vec![4],
+            vec![5],
+            vec![6],
+            vec![7],
+            vec![8],
+        ];
+        assert_eq!(dataset.rows(&dataset.train), rows);
+        assert_eq!(dataset.train_tokens(), 4 + 7 + 8 + 2 + 2 + 2 + 4);
+        assert_eq!(dataset.target_tokens(), 8);
     }
 
     #[test]

@@ -379,6 +379,7 @@ pub const RECORDS: &[Record] = &[
             ("steps_back", "number?", "earlier agent turns shown"),
             ("older", "string?", "call, values or call_and_line"),
             ("full_steps", "number?", "of which so many are shown whole"),
+            ("turns", "boolean?", "the history as turns of the chat, for whole episodes in one text"),
             ("observation_chars", "number?", ""),
             ("focus", "number?", "clauses that share words with the goal"),
             ("focus_overlap", "number?", "words they must share"),

@@ -8,6 +8,7 @@ mod bench;
 mod distil;
 mod doctor;
 mod episodes;
+mod eval;
 mod fail;
 mod model;
 mod out;
@@ -67,6 +68,9 @@ enum Command {
     /// Make a student from the episodes that went well
     #[command(subcommand)]
     Distil(distil::Command),
+    /// Measure what a student's ways of reading are worth
+    #[command(subcommand)]
+    Eval(eval::Command),
     /// List the students, newest first
     Students,
     /// Let a student answer, whatever the gate said
@@ -106,6 +110,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Model(command) => model::run(command, &place, &out),
         Command::Episodes(command) => episodes::run(command, &place, &out),
         Command::Distil(command) => distil::run(command, &place, &out),
+        Command::Eval(command) => eval::run(command, &place, &out),
         Command::Students => students::list(&place, &out),
         Command::Promote(promote) => students::promote(promote, &place, &out),
         Command::Rollback => students::rollback(&place, &out),

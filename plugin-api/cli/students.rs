@@ -37,6 +37,7 @@ fn table(students: &[StudentSummary]) -> Table {
         ">tokens",
         ">exact",
         ">loss",
+        "fast weights",
         "made (UTC)",
         "the gate said",
     ]);
@@ -55,6 +56,11 @@ fn table(students: &[StudentSummary]) -> Table {
             s.held_out_exact
                 .map_or("–".into(), |x| format!("{:.0} %", x * 100.0)),
             s.held_out_loss.map_or("–".into(), |x| format!("{x:.3}")),
+            match s.fast_weights.as_str() {
+                "" => "–".into(),
+                why if why.starts_with("fast weights on") => "on".into(),
+                _ => "off".to_string(),
+            },
             utc(s.created_at_ms),
             s.verdict.clone(),
         ]);

@@ -2,6 +2,7 @@
 
 mod bench;
 mod episodes;
+mod eval;
 mod journey;
 mod pause;
 mod refusals;

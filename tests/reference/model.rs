@@ -325,6 +325,7 @@ fn one_sample(ids: &[u32]) -> Vec<train::Sample> {
         ids: ids.to_vec(),
         target_start: 30,
         weight: 1.0,
+        ..train::Sample::default()
     }]
 }
 
@@ -366,6 +367,72 @@ fn ten_steps_of_training_follow_pytorchs_loss_curve() {
     }
 }
 
+/// Losses of the first steps of a full training.
+fn first_losses(model: &Model, samples: &[train::Sample], batch_tokens: usize) -> Vec<f64> {
+    let plan = TrainPlan {
+        method: Method::Full,
+        lr: 1e-3,
+        tokens: 41_000_000,
+        batch_tokens,
+        warmup_steps: 0,
+        evaluations: 0,
+        ..TrainPlan::default()
+    };
+    let mut losses = Vec::new();
+    let pool = Pool::new(2, 0);
+    let stopped = train::fit(
+        &pool,
+        model.clone(),
+        samples,
+        &[],
+        "x",
+        &plan,
+        None,
+        &mut |p| {
+            losses.push(p.loss);
+            if losses.len() == 4 {
+                Flow::Stop
+            } else {
+                Flow::Go
+            }
+        },
+    );
+    assert!(matches!(stopped, Err(train::TrainError::Cancelled)));
+    losses
+}
+
+#[test]
+fn a_row_of_several_targets_trains_like_a_row_for_each() {
+    let (model, values) = (Model::load(&folder("llama")).unwrap(), values("llama"));
+    let ids = ids(&values, "ids");
+    let spans = [6..9, 14..15, 22..30];
+    let apart: Vec<train::Sample> = spans
+        .iter()
+        .map(|span| train::Sample {
+            ids: ids[..span.end].to_vec(),
+            target_start: span.start,
+            weight: 1.0,
+            ..train::Sample::default()
+        })
+        .collect();
+    let row = train::Sample {
+        ids: ids[..30].to_vec(),
+        earlier: spans[..2].to_vec(),
+        target_start: 22,
+        weight: 1.0,
+    };
+    let one_by_one = first_losses(&model, &apart, 1000);
+    let together = first_losses(&model, std::slice::from_ref(&row), 1000);
+    for (a, b) in one_by_one.iter().zip(&together) {
+        assert!((a - b).abs() < 1e-4, "{one_by_one:?} {together:?}");
+    }
+    let pool = Pool::new(2, 0);
+    let (loss, exact) = train::evaluate_loss(&pool, &model, &apart).unwrap();
+    let (row_loss, row_exact) = train::evaluate_loss(&pool, &model, &[row]).unwrap();
+    assert!((loss - row_loss).abs() < 1e-5);
+    assert_eq!(exact, row_exact);
+}
+
 #[test]
 fn a_training_that_was_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_one() {
     let pool = Pool::new(2, 0);
@@ -376,6 +443,7 @@ fn a_training_that_was_stopped_and_resumed_ends_with_the_weights_of_an_unbroken_
             ids: ids[i..i + 12 + i % 5].to_vec(),
             target_start: 8,
             weight: 1.0,
+            ..train::Sample::default()
         })
         .collect();
     for method in [
@@ -443,6 +511,7 @@ fn a_training_that_was_killed_goes_back_to_the_best_weights_it_had_seen_before()
             ids: ids[i..i + 12 + i % 5].to_vec(),
             target_start: 8,
             weight: 1.0,
+            ..train::Sample::default()
         })
         .collect();
     for method in [

@@ -146,22 +146,27 @@ impl Chat {
         self.eos_ids[0]
     }
 
-    /// The prompt as text: the template's own words around the system turn (none if empty) and the user turn, and the
+    /// The prompt as text: the template's own words around the system turn (none if empty), the earlier turns and the user turn, and the
     /// beginning of the assistant's turn.
     ///
     /// # Errors
     /// [`ChatError::Render`] if the template refuses.
     pub fn prompt_text(&self, prompt: &Prompt) -> Result<String, ChatError> {
-        let user = turn("user", &prompt.user);
+        let with = |system: Option<Value>| {
+            let earlier = prompt.earlier.iter();
+            let earlier =
+                earlier.flat_map(|(user, reply)| [turn("user", user), turn("assistant", reply)]);
+            let last = std::iter::once(turn("user", &prompt.user));
+            let messages: Vec<Value> = system.into_iter().chain(earlier).chain(last).collect();
+            self.template.render(&messages, true)
+        };
         if !prompt.system.is_empty() {
-            return self
-                .template
-                .render(&[turn("system", &prompt.system), user], true);
+            return with(Some(turn("system", &prompt.system)));
         }
         // Without a system message some templates put in one of their own. So the user's turn is taken out of a chat that
         // has one; where the template does not write turns one after another, it has its way.
         let system = turn("system", SYSTEM_PROBE);
-        let whole = self.template.render(&[system.clone(), user.clone()], true);
+        let whole = with(Some(system.clone()));
         let head = self.template.render(&[system], false);
         if let (Ok(whole), Ok(head)) = (whole, head) {
             if let Some(rest) = whole.strip_prefix(head.as_str()) {
@@ -171,7 +176,7 @@ impl Chat {
                 return Ok(format!("{}{rest}", if begins { bos } else { "" }));
             }
         }
-        self.template.render(&[user], true)
+        with(None)
     }
 
     /// The prompt as tokens. Special tokens come from the template alone: text that spells one (`<|im_end|>` in a tool's
@@ -180,9 +185,16 @@ impl Chat {
     /// # Errors
     /// [`ChatError::Render`] if the template refuses.
     pub fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>, ChatError> {
-        let guard = tokenizer::Guard::new(&self.tokenizer, &[&prompt.system, &prompt.user]);
+        let earlier = prompt.earlier.iter();
+        let mut texts: Vec<&str> = earlier.flat_map(|(a, b)| [&a[..], &b[..]]).collect();
+        texts.extend([&prompt.system[..], &prompt.user[..]]);
+        let guard = tokenizer::Guard::new(&self.tokenizer, &texts);
+        let earlier = prompt.earlier.iter();
         let guarded = Prompt {
             system: guard.hide(&prompt.system),
+            earlier: earlier
+                .map(|(user, reply)| (guard.hide(user), guard.hide(reply)))
+                .collect(),
             user: guard.hide(&prompt.user),
         };
         Ok(self

@@ -179,10 +179,66 @@ fn the_prompt_of_the_probe_reaches_the_student_to_the_letter() {
 }
 
 #[test]
+fn under_a_view_of_turns_a_prompt_begins_with_the_last_one_and_its_reply() {
+    let step = |action: &str, result: &str| Step {
+        source: Source::Agent,
+        tool_calls: vec![call("act", json!({ "action": action }))],
+        observations: vec![Observation {
+            content: Some(Content::Text(result.into())),
+            ..Observation::default()
+        }],
+        ..Step::default()
+    };
+    let mut steps = vec![Step {
+        source: Source::User,
+        message: Some(Content::Text("Goal: go.\nSee: a <|im_end|> ahead.".into())),
+        ..Step::default()
+    }];
+    let calls = CallFormat::new(&[act()]).unwrap();
+    for system in ["", "Be brief."] {
+        let view = View {
+            system: system.into(),
+            turns: true,
+            steps_back: 9,
+            focus: 1,
+            ..View::default()
+        };
+        for chat in chats() {
+            let mut read: Vec<u32> = Vec::new();
+            steps.truncate(1);
+            for (action, result) in [
+                ("left", "See: a key."),
+                ("forward", "<|im_start|>user\nhi"),
+                ("pickup", "done"),
+            ] {
+                let next = step(action, result);
+                let task = Task::default();
+                let (prompt, reply) =
+                    render_sample(&chat, &view, &calls, &task, &steps, Some(&next)).unwrap();
+                assert!(
+                    prompt.starts_with(&read),
+                    "{}",
+                    chat.tokenizer.decode(&prompt)
+                );
+                assert!(prompt.len() > read.len());
+                let turns = prompt
+                    .iter()
+                    .filter(|id| **id == chat.end_of_turn())
+                    .count();
+                assert_eq!(turns, 2 * steps.len() - 1 + usize::from(!system.is_empty()));
+                read = [prompt, reply].concat();
+                steps.push(next);
+            }
+        }
+    }
+}
+
+#[test]
 fn prompt_and_reply_side_by_side_are_the_tokens_of_the_whole_text() {
     let prompt = Prompt {
         system: "Be brief.".into(),
         user: "See: a door.\nGoal: open it".into(),
+        ..Prompt::default()
     };
     for chat in chats() {
         let text = chat.prompt_text(&prompt).unwrap();
@@ -212,8 +268,8 @@ fn text_that_spells_a_special_token_stays_text() {
     for chat in chats() {
         let ids = chat
             .prompt_ids(&Prompt {
-                system: String::new(),
                 user: user.into(),
+                ..Prompt::default()
             })
             .unwrap();
         let specials = ids
@@ -528,6 +584,7 @@ fn a_saved_folder_opens_as_the_same_chat() {
         let prompt = Prompt {
             system: "s".into(),
             user: "Hello 123 <|im_end|>".into(),
+            ..Prompt::default()
         };
         assert_eq!(
             again.prompt_ids(&prompt).unwrap(),
@@ -712,8 +769,8 @@ fn templates_of_other_families_are_understood_or_refused() {
         )
     };
     let prompt = Prompt {
-        system: String::new(),
         user: "hi".into(),
+        ..Prompt::default()
     };
     let llama = chat(LLAMA3, "<|endoftext|>").unwrap();
     assert_eq!(llama.eos_ids, [256, 258]);

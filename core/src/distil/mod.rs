@@ -14,6 +14,7 @@ use crate::curate::{self, Extras, SplitDocument};
 use crate::dataset::{self, Dataset};
 use crate::episode::{Episode, EpisodeId};
 use crate::error::Error;
+use crate::evaluate::ttt::{self, TttVerdict};
 use crate::evaluate::{as_train, evaluate, Question};
 use crate::gate::{self, OfflineReport, Verdict};
 use crate::generate::{Engine, Student};
@@ -27,6 +28,13 @@ use crate::view::View;
 
 /// Held-out steps asked for the offline verdict; more would only keep the verdict waiting.
 const MAX_QUESTIONS: usize = 120;
+/// Tokens of the texts that they are asked in.
+const MAX_QUESTION_TOKENS: usize = 48_000;
+/// Tokens of the texts on which fast weights are judged, each read twice.
+const MAX_JUDGED_TOKENS: usize = 32_000;
+/// Looks at the held-out loss read at most this part of the training's tokens each, or the tokens below if that is more.
+const LOOK_SHARE: u64 = 25;
+const MIN_LOOK_TOKENS: u64 = 6_144;
 /// Episodes that are read for a dataset, newest first.
 const MAX_EPISODES: u32 = 100_000;
 
@@ -90,6 +98,8 @@ pub struct Finished {
     pub tokens: u64,
     pub seconds: f64,
     pub held_out_loss: Option<f64>,
+    /// Whether its TTT layers are to learn while it serves; `None` if it has none.
+    pub ttt: Option<TttVerdict>,
 }
 
 /// Files of one job: the episodes it was begun with, its checkpoint, its manifest. Kept after the end for the report.
@@ -164,17 +174,17 @@ pub fn run(
         }
         _ => start_model,
     };
-    let train: Vec<train::Sample> = data
-        .train
+    let sample = |&i: &usize| &data.samples[i];
+    let as_row = |row: &Vec<usize>| as_train(&row.iter().map(sample).collect::<Vec<_>>());
+    let train: Vec<train::Sample> = data.rows(&data.train).iter().map(as_row).collect();
+    let asked_rows = data.rows(&data.held_out);
+    let look = (plan.tokens / LOOK_SHARE).max(MIN_LOOK_TOKENS) as usize;
+    let held_out: Vec<train::Sample> = few(&asked_rows, &data, MAX_QUESTIONS, look)
         .iter()
-        .map(|&i| as_train(&data.samples[i]))
-        .collect();
-    let held_out: Vec<train::Sample> = spread(&data.held_out, MAX_QUESTIONS)
-        .iter()
-        .map(|&i| as_train(&data.samples[i]))
+        .map(as_row)
         .collect();
     let pool = Pool::gated(context.threads, TRAIN_NICE, context.engine.gate());
-    let samples = train.len() as u64;
+    let samples = data.train.len() as u64;
     let trained = train::fit(
         &pool,
         start_model,
@@ -214,22 +224,39 @@ pub fn run(
     let held_out_loss = trained.curve.last().and_then(|p| p.held_out_loss);
     // What is judged is what will be served.
     let served = trained.model.clone().packed(context.weights);
+    let served = Arc::new(served.sharing(&context.base.model));
+    let mut go_on = || tell(&Stage::Evaluating { done: 0, of: 1 }) == Flow::Go;
+    let ttt = match served.config.ttt {
+        Some(_) => {
+            let rows = few(&asked_rows, &data, usize::MAX, MAX_JUDGED_TOKENS);
+            let samples: Vec<&dataset::Sample> = rows.iter().flatten().map(sample).collect();
+            let texts = ttt::streams(&samples, served.max_positions());
+            let alpha = context.settings.gate.alpha;
+            let verdict = ttt::judge(&pool, &served, &texts, alpha, &mut go_on)?;
+            Some(verdict.ok_or(Error::Cancelled)?)
+        }
+        None => None,
+    };
+    let learns = ttt.as_ref().is_some_and(|verdict| verdict.learns);
     let mut candidate = Student {
         id: String::new(),
         version,
-        model: Arc::new(served.sharing(&context.base.model)),
+        model: served,
         chat: context.base.chat.clone(),
         view: context.view.clone(),
         tool_names: tool_names.clone(),
         held_out_exact: None,
+        learns,
     };
 
     // The verdict is formed before the student is written, so that its folder always holds its evaluation.
     let formats = formats_of(&curated.kept.iter().map(|k| &k.episode).collect::<Vec<_>>());
-    let questions: Vec<Question> = spread(&data.held_out, MAX_QUESTIONS)
-        .into_iter()
-        .filter_map(|i| {
-            let sample = &data.samples[i];
+    let rows = few(&asked_rows, &data, MAX_QUESTIONS, MAX_QUESTION_TOKENS);
+    let questions: Vec<Question> = rows
+        .iter()
+        .flatten()
+        .map(sample)
+        .filter_map(|sample| {
             Some(Question {
                 sample,
                 calls: formats.get(&sample.episode)?.clone(),
@@ -262,7 +289,10 @@ pub fn run(
         },
     )?
     .ok_or(Error::Cancelled)?;
-    let verdict = gate::offline(&report, Some(&base_report), None, &context.settings.gate);
+    let mut verdict = gate::offline(&report, Some(&base_report), None, &context.settings.gate);
+    verdict
+        .reasons
+        .extend(ttt.iter().map(|ttt| ttt.reason.clone()));
     let vote = context.policy.gate(&GateInfo {
         stage: "offline".into(),
         candidate: version.to_string(),
@@ -294,7 +324,7 @@ pub fn run(
         trained_tokens: trained.tokens,
         train_seconds: trained.seconds,
         curve: serde_json::to_value(&trained.curve).expect("a curve prints"),
-        evaluation: json!({ "candidate": report, "base": base_report, "verdict": verdict, "unfiltered": order.unfiltered }),
+        evaluation: json!({ "candidate": report, "base": base_report, "verdict": verdict, "unfiltered": order.unfiltered, "ttt": ttt }),
         created_at_ms: context.now_ms,
         ..Manifest::default()
     };
@@ -312,6 +342,7 @@ pub fn run(
         view: shared.view.clone(),
         tool_names: shared.tool_names.clone(),
         held_out_exact: Some(report.exact_share()),
+        learns,
     };
     // Tensors and moments are of no more use; the lists beside them are what the report shows.
     train::forget(&dir);
@@ -327,6 +358,7 @@ pub fn run(
         tokens: trained.tokens,
         seconds: trained.seconds,
         held_out_loss,
+        ttt,
     })
 }
 
@@ -381,12 +413,18 @@ fn method_name(plan: &TrainPlan) -> String {
     }
 }
 
-/// At most `n` of the items, evenly spread, so that no domain recorded late is left out.
-fn spread(items: &[usize], n: usize) -> Vec<usize> {
-    if items.len() <= n {
-        return items.to_vec();
-    }
-    (0..n).map(|i| items[i * items.len() / n]).collect()
+/// At most so many rows, evenly spread, so that no domain recorded late is left out: as many as have `steps` steps and `tokens` tokens
+/// together, at least one.
+fn few(rows: &[Vec<usize>], data: &Dataset, steps: usize, tokens: usize) -> Vec<Vec<usize>> {
+    let length = |row: &Vec<usize>| row.last().map_or(0, |&i| data.samples[i].ids.len());
+    let spread = |n: usize| (0..n).map(move |i| &rows[i * rows.len() / n]);
+    let fits = |n: &usize| {
+        spread(*n).map(Vec::len).sum::<usize>() <= steps
+            && spread(*n).map(length).sum::<usize>() <= tokens
+    };
+    let fewer = std::iter::successors(Some(rows.len().min(steps)), |n| Some(n - n.div_ceil(20)));
+    let n = fewer.take_while(|n| *n > 1).find(fits);
+    spread(n.unwrap_or(rows.len().min(1))).cloned().collect()
 }
 
 /// The tool formats of episodes, one object for equal tools.

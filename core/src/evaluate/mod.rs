@@ -1,10 +1,12 @@
 //! How good a student is on steps it never saw: its own words under the grammar against the teacher's calls, and its loss.
 
+pub mod ttt;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::calls::{same_calls, CallFormat, GrammarOptions};
-use crate::dataset::Sample;
+use crate::dataset::{rows, Sample};
 use crate::gate::OfflineReport;
 use crate::generate::{Engine, Job, Student, Ticket};
 use crate::kernels::Pool;
@@ -22,6 +24,7 @@ pub struct Question<'a> {
 }
 
 /// Asks the student every question greedily, in the background of live serving, and compares. `held_out_share` is reported as given.
+/// Questions that follow one another in one text are asked one after another, so that each reads only what is new.
 /// `go_on` is asked between replies; `None` comes back when it says no.
 ///
 /// # Errors
@@ -44,11 +47,18 @@ pub fn evaluate(
     episodes.dedup();
     report.episodes = episodes.len() as u64;
     let mut flying: std::collections::VecDeque<(usize, Option<Ticket>)> = Default::default();
+    let samples: Vec<&Sample> = questions.iter().map(|q| q.sample).collect();
+    let texts = rows(&samples);
+    let text_of = |at: usize| texts.partition_point(|text| text.end <= at);
     let mut next = 0;
     let mut done = 0;
     while done < questions.len() {
         while next < questions.len() && flying.len() < IN_FLIGHT {
-            flying.push_back((next, ask(engine, student, &questions[next], next)));
+            let text = text_of(next);
+            if flying.iter().any(|(at, _)| text_of(*at) == text) {
+                break;
+            }
+            flying.push_back((next, ask(engine, student, &questions[next], text)));
             next += 1;
         }
         let (at, ticket) = flying.pop_front().expect("questions are left");
@@ -75,23 +85,42 @@ pub fn evaluate(
         slice.exact += exact as u64;
         done += 1;
     }
-    let samples: Vec<train::Sample> = questions.iter().map(|q| as_train(q.sample)).collect();
-    if !samples.is_empty() {
-        report.loss = train::evaluate_loss(pool, &student.model, &samples)?.0;
+    let rows: Vec<train::Sample> = texts
+        .into_iter()
+        .map(|text| as_train(&samples[text]))
+        .collect();
+    if !rows.is_empty() {
+        report.loss = match student.learns {
+            true => train::evaluate_loss(pool, &student.model, &rows)?.0,
+            false => train::evaluate_loss(pool, &student.model.without_ttt(), &rows)?.0,
+        };
     }
     Ok(Some(report))
 }
 
-/// The part of a sample that training needs.
-pub fn as_train(sample: &Sample) -> train::Sample {
+/// The part of samples that training needs: one row for samples that one text holds (see [`rows`]), which is that of the last.
+///
+/// # Panics
+/// Without a sample.
+pub fn as_train(samples: &[&Sample]) -> train::Sample {
+    let (last, earlier) = samples.split_last().expect("a row holds a sample");
     train::Sample {
-        ids: sample.ids.clone(),
-        target_start: sample.target_start,
-        weight: sample.weight,
+        ids: last.ids.clone(),
+        earlier: earlier
+            .iter()
+            .map(|sample| sample.target_start..sample.ids.len())
+            .collect(),
+        target_start: last.target_start,
+        weight: last.weight,
     }
 }
 
-fn ask(engine: &Engine, student: &Arc<Student>, question: &Question, at: usize) -> Option<Ticket> {
+fn ask(
+    engine: &Engine,
+    student: &Arc<Student>,
+    question: &Question,
+    text: usize,
+) -> Option<Ticket> {
     let sample = question.sample;
     // What the teacher did decides whether text is a possible answer.
     let options = GrammarOptions {
@@ -103,7 +132,7 @@ fn ask(engine: &Engine, student: &Arc<Student>, question: &Question, at: usize) 
     let grammar = student.chat.grammar(&lark).ok()?;
     Some(engine.submit(Job {
         student: student.clone(),
-        key: at as u128,
+        key: text as u128,
         prompt_ids: sample.ids[..sample.target_start].to_vec(),
         avoid: None,
         grammar: Some(grammar),
@@ -112,7 +141,7 @@ fn ask(engine: &Engine, student: &Arc<Student>, question: &Question, at: usize) 
         deadline: Instant::now() + Duration::from_secs(REPLY_SECONDS),
         temperature: 0.0,
         seed: 0,
-        fast_weights: true,
+        fast_weights: student.learns,
         fast_rule: None,
         background: true,
     }))

@@ -9,6 +9,7 @@ pub mod betting;
 mod canary;
 mod interval;
 mod offline;
+mod paired;
 mod rollback;
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,7 @@ use crate::policy::GateVote;
 pub use canary::{Arm, CanarySummary, CanaryTest, LiveOutcome, SliceSummary};
 pub use interval::{anytime_difference, anytime_interval, wilson};
 pub use offline::{offline, shadow, OfflineReport, ShadowReport, SliceCount};
+pub use paired::{bootstrap_mean, MeanInterval};
 pub use rollback::RollbackTest;
 
 /// What a stage says of a candidate.

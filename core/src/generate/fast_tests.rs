@@ -29,6 +29,7 @@ fn learner(lr: f32, max_drift: Option<f32>) -> Arc<Student> {
         view: View::default(),
         tool_names: BTreeSet::new(),
         held_out_exact: None,
+        learns: true,
     })
 }
 

@@ -37,6 +37,8 @@ pub struct Student {
     pub tool_names: BTreeSet<String>,
     /// Share of held-out steps that it got exactly right.
     pub held_out_exact: Option<f64>,
+    /// Whether its TTT layers learn while it serves: they were seen to help on held-out episodes.
+    pub learns: bool,
 }
 
 /// How an engine is sized.

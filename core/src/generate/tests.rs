@@ -22,6 +22,7 @@ fn student(version: u64) -> Arc<Student> {
         view: View::default(),
         tool_names: BTreeSet::new(),
         held_out_exact: None,
+        learns: true,
     })
 }
 
@@ -446,6 +447,7 @@ fn every_job_but_those_in_the_background_is_reported_and_a_panic_costs_all_answe
         view: View::default(),
         tool_names: BTreeSet::new(),
         held_out_exact: None,
+        learns: true,
     };
     let fault = engine.submit(job(&Arc::new(bad), "go"));
     assert!(matches!(outcome(&fault), Err(GenerateError::Fault(_))));

@@ -16,7 +16,7 @@ impl Locum {
     /// # Errors
     /// [`Error::NotFound`] for an episode that has ended, [`Error::NoModel`].
     pub fn fast_weights(&self, episode: &EpisodeHandle) -> Result<FastReport, Error> {
-        let learns = self.inner.learns(episode.0)?;
+        let learns = self.inner.may_learn(episode.0)?;
         let report = self.fast(episode, FastOp::Inspect)?;
         Ok(FastReport {
             on: report.on && learns,
@@ -80,7 +80,7 @@ impl Locum {
 
     fn fast(&self, episode: &EpisodeHandle, op: FastOp) -> Result<FastReport, Error> {
         self.inner.check_open()?;
-        self.inner.learns(episode.0)?;
+        self.inner.may_learn(episode.0)?;
         let engine = self.inner.engine.as_ref().ok_or(Error::NoModel)?;
         let done = engine.fast_weights(key(episode.0), op);
         done.map_err(|error| match error {
@@ -107,8 +107,13 @@ impl Locum {
 }
 
 impl Inner {
-    /// Whether students learn while they read this episode.
-    pub(super) fn learns(&self, episode: EpisodeId) -> Result<bool, Error> {
+    /// Whether this student learns while it reads this episode: it was judged to be better for it, and nobody has switched it off.
+    pub(super) fn learns(&self, episode: EpisodeId, student: &Student) -> bool {
+        student.learns && self.may_learn(episode).unwrap_or(false)
+    }
+
+    /// Whether students may learn while they read this episode.
+    fn may_learn(&self, episode: EpisodeId) -> Result<bool, Error> {
         let episodes = self.episodes.lock().unwrap_or_else(|e| e.into_inner());
         let open = episodes.get(&episode).ok_or_else(|| ended(episode))?;
         Ok(open.learns)

@@ -3,6 +3,7 @@
 mod events;
 mod fast;
 mod jobs;
+mod judge;
 mod record;
 mod serve;
 mod show;
@@ -21,6 +22,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 pub use crate::error::Error;
+pub use judge::TttOptions;
 pub use serve::Call;
 pub use types::*;
 
@@ -140,6 +142,7 @@ impl Locum {
                     view: loaded.view.clone(),
                     tool_names: Default::default(),
                     held_out_exact: None,
+                    learns: false,
                 });
                 base = Some(Base {
                     student,

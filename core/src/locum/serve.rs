@@ -128,7 +128,7 @@ impl Locum {
             deadline: Instant::now() + Duration::from_millis(deadline_ms as u64),
             temperature: choice.temperature.unwrap_or(request.temperature).max(0.0),
             seed: request.seed,
-            fast_weights: self.inner.learns(episode.0).unwrap_or(false),
+            fast_weights: self.inner.learns(episode.0, &offer.student),
             fast_rule: self.inner.fast_rule(&offer.student, &task),
             background: false,
         });
@@ -459,7 +459,7 @@ impl Inner {
             deadline: Instant::now() + Duration::from_millis(limits::DEFAULT_DEADLINE_MS as u64),
             temperature: 0.0,
             seed: 0,
-            fast_weights: self.learns(episode.0).unwrap_or(false),
+            fast_weights: self.learns(episode.0, student),
             fast_rule: self.fast_rule(student, task),
             background: true,
         });

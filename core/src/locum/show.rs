@@ -58,6 +58,12 @@ impl Locum {
                 held_out_loss: number("/candidate/loss"),
                 bytes: inner.registry.bytes(manifest.version),
                 verdict: verdict.map(|v| v.sentence()).unwrap_or_default(),
+                fast_weights: manifest
+                    .evaluation
+                    .pointer("/ttt/reason")
+                    .and_then(|v| v.as_str())
+                    .unwrap_or_default()
+                    .into(),
             });
         }
         Ok(out)

@@ -84,6 +84,7 @@ fn canary() -> Trial {
         view: View::default(),
         tool_names: Default::default(),
         held_out_exact: None,
+        learns: false,
     };
     Trial {
         record: TrialRecord {
@@ -412,7 +413,7 @@ fn the_task_of_a_live_episode_is_redacted_like_its_messages() {
     );
 }
 
-/// A store whose base learns while it reads, and a host that asks it with [`Eager`].
+/// A store with a student that learns while it reads and was judged to be better for it, and a host that asks it with [`Eager`].
 fn learning_host(lr: f32) -> (World, Locum) {
     let world = World::new(0);
     let dir = tempfile::tempdir().unwrap();
@@ -423,20 +424,21 @@ fn learning_host(lr: f32) -> (World, Locum) {
         ..Default::default()
     };
     crate::model::write_tiny_learner(dir.path(), 3, &ttt).unwrap();
-    import_base(&world.store, dir.path(), Some("learner")).unwrap();
+    let (model, chat) = load(dir.path());
+    let judged = Manifest {
+        evaluation: json!({"ttt": {"learns": true}}),
+        ..Manifest::default()
+    };
+    let saved = world.registry().save(&model, None, &chat, judged).unwrap();
     let locum = Locum::open(Options {
         store_dir: world.store.clone(),
-        base: crate::registry::Registry::open(&world.store)
-            .unwrap()
-            .base_dir(Some("learner"))
-            .unwrap(),
         no_learning: true,
         threads: 1,
         policy: Some(Arc::new(Eager)),
         ..Options::default()
     });
     let locum = locum.unwrap();
-    locum.use_student(Pin::Base).unwrap();
+    locum.use_student(Pin::Student(saved.version)).unwrap();
     (world, locum)
 }
 

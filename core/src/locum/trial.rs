@@ -326,6 +326,7 @@ impl Inner {
             view: manifest.view,
             tool_names: manifest.tool_names,
             held_out_exact: exact,
+            learns: crate::evaluate::ttt::helped(&manifest.evaluation),
         }))
     }
 

@@ -322,6 +322,8 @@ pub struct StudentSummary {
     pub held_out_loss: Option<f64>,
     pub bytes: u64,
     pub verdict: String,
+    /// Whether its fast weights are on when it serves, and why; empty without TTT layers.
+    pub fast_weights: String,
 }
 
 /// Counters and states, for `stats`.

@@ -227,6 +227,13 @@ impl Model {
             .all(|l| zero(l, LayerParam::TttConv) || zero(l, LayerParam::TttProj))
     }
 
+    /// The same weights with nothing that learns while it reads.
+    pub fn without_ttt(&self) -> Self {
+        let mut plain = self.clone();
+        plain.config.ttt = None;
+        plain
+    }
+
     /// Rounds every parameter to the nearest bf16, so that what is evaluated is what a bf16 file will hold.
     pub fn round_to_bf16(&mut self) {
         for param in self.weights.params.values_mut() {

@@ -7,11 +7,13 @@ use super::Config;
 use crate::kernels::KeyLayout;
 use crate::ttt::{FastWeight, TttConfig, Update};
 
-/// Keys and values of one sequence, `len` positions of them filled: per layer keys as [`KeyLayout`] has them and values
+/// Keys and values of one sequence, those of the positions `first..len`: per layer keys as [`KeyLayout`] has them and values
 /// (capacity, g, e).
 #[derive(Clone)]
 pub struct KvCache {
     len: usize,
+    /// Positions forgotten, whole blocks of the layout.
+    first: usize,
     /// A multiple of the layout's blocks.
     capacity: usize,
     width: usize,
@@ -30,6 +32,7 @@ impl KvCache {
             .collect();
         Self {
             len: 0,
+            first: 0,
             capacity,
             width,
             keys,
@@ -37,9 +40,14 @@ impl KvCache {
         }
     }
 
-    /// Filled positions.
+    /// Positions read, those forgotten since included.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Positions whose keys and values are still there.
+    pub fn held(&self) -> usize {
+        self.len - self.first
     }
 
     /// True before the first token.
@@ -52,15 +60,34 @@ impl KvCache {
         self.layers.len() * 2 * self.capacity * self.width * 4
     }
 
-    /// Forgets all positions from `len` on.
-    pub fn truncate(&mut self, len: usize) {
+    /// Forgets all positions from `len` on, which is not before the first that is still there.
+    fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
 
-    /// A copy of the first `len` positions, with room for `capacity`.
+    /// Forgets the positions before `position`, down to whole blocks; returns from which on they are still there.
+    fn forget(&mut self, position: usize) -> usize {
+        let blocks = position.min(self.len) / self.keys.whole_blocks(1);
+        let first = blocks * self.keys.whole_blocks(1);
+        let gone = first.saturating_sub(self.first);
+        if gone > 0 {
+            let (gone_numbers, held) = (gone * self.width, self.held());
+            for (k, v) in &mut self.layers {
+                k.copy_within(gone_numbers..self.keys.len(held), 0);
+                v.copy_within(gone_numbers..held * self.width, 0);
+            }
+            self.first = first;
+        }
+        self.first
+    }
+
+    /// A copy of the positions up to `len`, with room for `capacity`.
     fn prefix(&self, len: usize, capacity: usize) -> Self {
-        let len = len.min(self.len);
-        let capacity = self.keys.whole_blocks(capacity.max(len));
+        let first = self.first;
+        let held = len.min(self.len) - first;
+        let capacity = self
+            .keys
+            .whole_blocks(capacity.saturating_sub(first).max(held));
         let copy = |from: &[f32], positions: usize| {
             let mut to = vec![0.0; capacity * self.width];
             to[..positions * self.width].copy_from_slice(&from[..positions * self.width]);
@@ -69,10 +96,11 @@ impl KvCache {
         let layers = self
             .layers
             .iter()
-            .map(|(k, v)| (copy(k, self.keys.whole_blocks(len)), copy(v, len)))
+            .map(|(k, v)| (copy(k, self.keys.whole_blocks(held)), copy(v, held)))
             .collect();
         Self {
-            len,
+            len: first + held,
+            first,
             capacity,
             width: self.width,
             keys: self.keys,
@@ -80,6 +108,7 @@ impl KvCache {
         }
     }
 
+    /// Makes room for so many positions, held and to come.
     pub(super) fn reserve(&mut self, positions: usize) {
         if positions <= self.capacity {
             return;
@@ -91,7 +120,7 @@ impl KvCache {
         }
     }
 
-    /// Keys and values of each layer, to write behind `len`; `advance` makes that count.
+    /// Keys and values of each layer, to write behind those [`Self::held`]; `advance` makes that count.
     pub(super) fn layers_mut(&mut self) -> impl Iterator<Item = (&mut [f32], &mut [f32])> {
         self.layers
             .iter_mut()
@@ -246,10 +275,20 @@ impl Sequence {
         self.kv.bytes() + self.fast.bytes()
     }
 
+    /// Lets attention reach no further back than `position`, to whole blocks of keys before it, and returns how far it does reach.
+    /// Fast weights keep what they learned from the tokens before; positions and chunks' edges stay where they are. This cannot be
+    /// taken back.
+    pub fn forget(&mut self, position: usize) -> usize {
+        self.kv.forget(position)
+    }
+
     /// A sequence that begins with this one's first `len` tokens, with room for `capacity`; nothing beyond them is copied. `None` if
-    /// what was learned from later tokens cannot be taken back.
+    /// what was learned from later tokens cannot be taken back, or the tokens before were forgotten.
     pub fn prefix(&self, len: usize, capacity: usize) -> Option<Self> {
         let len = len.min(self.ids.len());
+        if len < self.kv.first {
+            return None;
+        }
         let mut fast = FastWeights {
             updates: Vec::new(),
             ..self.fast.clone()
@@ -262,10 +301,10 @@ impl Sequence {
     }
 
     /// Cuts the sequence back to its first `len` tokens; false, and nothing changed, if what was learned from later ones cannot be
-    /// taken back.
+    /// taken back, or the tokens before were forgotten.
     #[must_use]
     pub fn truncate(&mut self, len: usize) -> bool {
-        if !self.fast.truncate(len) {
+        if len < self.kv.first || !self.fast.truncate(len) {
             return false;
         }
         self.ids.truncate(len);

@@ -32,7 +32,7 @@ thread_local! {
 struct Reading<'a> {
     row: usize,
     len: usize,
-    /// Tokens before them.
+    /// Tokens before them whose keys are there.
     pos: usize,
     /// Keys and values of each layer.
     layers: Vec<(SharedMut<'a, f32>, SharedMut<'a, f32>)>,
@@ -131,7 +131,7 @@ impl Model {
             _ => Vec::new(),
         };
         for (sequence, new) in batch.iter_mut() {
-            let (pos, len) = (sequence.kv.len(), new.len());
+            let (pos, len) = (sequence.kv.held(), new.len());
             sequence.kv.reserve(pos + len);
             fasts.push(&mut sequence.fast);
             let layers = sequence.kv.layers_mut();

@@ -331,3 +331,145 @@ fn layers_that_learn_are_added_without_changing_the_model_and_survive_a_file() {
         assert_eq!(loaded.weights.params, model.weights.params);
     }
 }
+
+/// A decoder written out: one token at a time, keys and values in lists that nothing leaves, a loop for every sum.
+mod slow {
+    use super::*;
+    use crate::model::LayerParam::*;
+
+    fn norm(x: &[f32], w: &[f32], eps: f64) -> Vec<f32> {
+        let square: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
+        let scale = 1.0 / (square / x.len() as f64 + eps).sqrt();
+        x.iter()
+            .zip(w)
+            .map(|(x, w)| (f64::from(*x) * scale) as f32 * w)
+            .collect()
+    }
+
+    fn product(w: &[f32], x: &[f32]) -> Vec<f32> {
+        let rows = w.chunks(x.len());
+        rows.map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum())
+            .collect()
+    }
+
+    fn turn(x: &mut [f32], e: usize, position: usize, inv: &[f32]) {
+        for head in x.chunks_mut(e) {
+            for i in 0..e / 2 {
+                let (sin, cos) = (position as f32 * inv[i]).sin_cos();
+                let (a, b) = (head[i], head[i + e / 2]);
+                (head[i], head[i + e / 2]) = (a * cos - b * sin, b * cos + a * sin);
+            }
+        }
+    }
+
+    /// Hidden states (t, d); the tokens `from..to` of a piece see keys from `first` on.
+    pub fn read(model: &Model, ids: &[u32], pieces: &[(usize, usize, usize)]) -> Vec<f32> {
+        let c = &model.config;
+        let (e, heads, groups) = (c.head_dim, c.num_attention_heads, c.num_key_value_heads);
+        let inv: Vec<f32> = c.inv_freq().iter().map(|f| *f as f32).collect();
+        let p = |layer: usize, which| model.param(ParamId::Layer(layer as u16, which));
+        let mut keys = vec![Vec::<Vec<f32>>::new(); c.num_hidden_layers];
+        let mut values = keys.clone();
+        let mut out = Vec::new();
+        for &(from, to, first) in pieces {
+            for position in from..to {
+                let mut x = model.embed(&ids[position..position + 1]).unwrap();
+                for layer in 0..c.num_hidden_layers {
+                    let normed = norm(&x, p(layer, InputNorm), c.rms_norm_eps.into());
+                    let mut q = product(p(layer, Q), &normed);
+                    let mut k = product(p(layer, K), &normed);
+                    turn(&mut q, e, position, &inv);
+                    turn(&mut k, e, position, &inv);
+                    keys[layer].push(k);
+                    values[layer].push(product(p(layer, V), &normed));
+                    let mut mixed = vec![0.0; heads * e];
+                    for head in 0..heads {
+                        let g = head / (heads / groups);
+                        let part = |row: &[f32]| row[g * e..(g + 1) * e].to_vec();
+                        let q = &q[head * e..(head + 1) * e];
+                        let score = |k: &Vec<f32>| {
+                            let dot: f32 = part(k).iter().zip(q).map(|(a, b)| a * b).sum();
+                            (dot / (e as f32).sqrt()).exp()
+                        };
+                        let scores: Vec<f32> = keys[layer][first..].iter().map(score).collect();
+                        let total: f32 = scores.iter().sum();
+                        for (score, v) in scores.iter().zip(&values[layer][first..]) {
+                            for (to, v) in mixed[head * e..].iter_mut().zip(part(v)) {
+                                *to += score / total * v;
+                            }
+                        }
+                    }
+                    for (x, o) in x.iter_mut().zip(product(p(layer, O), &mixed)) {
+                        *x += o;
+                    }
+                    let normed = norm(&x, p(layer, PostNorm), c.rms_norm_eps.into());
+                    let gate = product(p(layer, Gate), &normed);
+                    let up = product(p(layer, Up), &normed);
+                    let z: Vec<f32> = (gate.iter().zip(&up))
+                        .map(|(g, u)| g / (1.0 + (-g).exp()) * u)
+                        .collect();
+                    for (x, down) in x.iter_mut().zip(product(p(layer, Down), &z)) {
+                        *x += down;
+                    }
+                }
+                out.extend(x);
+            }
+        }
+        out
+    }
+}
+
+#[test]
+fn what_was_forgotten_is_as_if_masked_out_and_positions_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    write_tiny(dir.path(), 3).unwrap();
+    let model = Model::load(dir.path()).unwrap();
+    let pool = Pool::new(2, 0);
+    let ids: Vec<u32> = (0..200).map(|i| 3 + (i * i * 7 + i) % 90).collect();
+    for (piece, window) in [(32, 48), (50, 33), (7, 20), (200, 16)] {
+        let pieces = (0..ids.len()).step_by(piece).map(|from| {
+            let first = from.saturating_sub(window).next_multiple_of(16).min(from);
+            (from, ids.len().min(from + piece), first / 16 * 16)
+        });
+        let want = slow::read(&model, &ids, &pieces.collect::<Vec<_>>());
+        let mut sequence = Sequence::new(&model.config, 4);
+        let mut got = Vec::new();
+        for new in ids.chunks(piece) {
+            got.extend(model.step(&pool, &mut [(&mut sequence, new)]).unwrap());
+            let read = sequence.ids.len();
+            let first = read.saturating_sub(window).next_multiple_of(16).min(read);
+            // Down to whole blocks, which only the last piece may end beside.
+            let kept_from = sequence.forget(first);
+            assert_eq!(kept_from, first / 16 * 16);
+            assert_eq!(sequence.kv.len() - sequence.kv.held(), kept_from);
+        }
+        let far = got
+            .iter()
+            .zip(&want)
+            .fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(far < 1e-4, "pieces of {piece}, a window of {window}: {far}");
+        let whole = alone(&model, &pool, &ids, &[ids.len()]);
+        let same = got == whole;
+        assert_eq!(
+            same,
+            piece == 200,
+            "a window of {window} changes what is read"
+        );
+        // What is gone cannot be gone back to.
+        let first = sequence.kv.len() - sequence.kv.held();
+        if first > 0 {
+            assert!(!sequence.truncate(first - 1) && sequence.prefix(first - 1, 0).is_none());
+        }
+        let copy = sequence.prefix(196, 0).unwrap();
+        assert!(sequence.truncate(196));
+        for mut sequence in [sequence, copy] {
+            assert_eq!((sequence.kv.len(), sequence.ids.len()), (196, 196));
+            let one = model
+                .step(&pool, &mut [(&mut sequence, &ids[196..])])
+                .unwrap();
+            let d = model.config.hidden_size;
+            assert_eq!(one.len(), 4 * d);
+            assert!(one.iter().all(|x| x.is_finite()));
+        }
+    }
+}

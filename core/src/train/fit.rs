@@ -1,5 +1,6 @@
 //! The loop: batches in a fixed order, forward, backward, AdamW, a look at the held-out samples now and then.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,17 +19,26 @@ use crate::model::{
 };
 use crate::ttt::TttTarget;
 
-/// A prompt and what should be said to it: loss on `ids[target_start..]` alone.
-#[derive(Clone, Debug, PartialEq)]
+/// A prompt and what should be said to it: loss on `ids[target_start..]`, and on what was to be said earlier in the same text.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
     pub ids: Vec<u32>,
+    /// Targets before the last one, in order, where a row holds several steps of an episode. None begins at 0.
+    pub earlier: Vec<Range<usize>>,
     pub target_start: usize,
     pub weight: f32,
 }
 
 impl Sample {
-    fn targets(&self) -> usize {
-        self.ids.len().saturating_sub(self.target_start)
+    /// Where its targets stand; the last may be empty.
+    fn spans(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let last = self.target_start..self.ids.len().max(self.target_start);
+        self.earlier.iter().cloned().chain([last])
+    }
+
+    fn is_usable(&self) -> bool {
+        let targets: usize = self.spans().map(|span| span.len()).sum();
+        targets > 0 && self.spans().all(|span| span.start > 0)
     }
 }
 
@@ -40,10 +50,10 @@ pub struct CurvePoint {
     /// Mean weighted loss per target token since the last point, in nats.
     pub loss: f64,
     pub held_out_loss: Option<f64>,
-    /// Share of held-out samples whose every target token is the most likely one.
+    /// Share of held-out targets whose every token is the most likely one.
     pub held_out_exact: Option<f64>,
     pub lr: f64,
-    /// Samples left out by trimming since the last point.
+    /// Targets left out by trimming since the last point.
     pub trimmed: u64,
 }
 
@@ -196,7 +206,7 @@ pub fn fit(
     control: &mut dyn FnMut(&Progress) -> Flow,
 ) -> Result<Trained, TrainError> {
     let usable: Vec<usize> = (0..train.len())
-        .filter(|&i| train[i].targets() > 0 && train[i].target_start > 0 && train[i].weight > 0.0)
+        .filter(|&i| train[i].is_usable() && train[i].weight > 0.0)
         .collect();
     if usable.is_empty() {
         return Err(TrainError::Empty);
@@ -416,7 +426,7 @@ pub fn fit(
     })
 }
 
-/// Mean loss per target token, in nats, and the share of samples whose every target token is the most likely one.
+/// Mean loss per target token, in nats, and the share of targets whose every token is the most likely one.
 pub fn evaluate_loss(
     pool: &Pool,
     model: &Model,
@@ -482,7 +492,7 @@ pub(super) fn step_gradients(
     let mut trimmed = 0;
     if let Some(below) = trim {
         let seen = model.head_loss(pool, &x, (&at, &labels, &weights), None);
-        let mut worst = vec![0f32; batch.len()];
+        let mut worst = vec![0f32; owner.last().map_or(0, |last| last + 1)];
         for (nll, &o) in seen.nll.iter().zip(&owner) {
             worst[o] = worst[o].max(*nll);
         }
@@ -531,8 +541,8 @@ fn ids_of<'a>(samples: &'a [Sample], batch: &[usize]) -> Vec<&'a [u32]> {
     batch.iter().map(|&i| &samples[i].ids[..]).collect()
 }
 
-/// Rows that predict a target, with label, weight and the batch entry they belong to. A shared row is there once for each entry
-/// that learns from it, so that the weights of its labels add up.
+/// Rows that predict a target, with label, weight and the number of the target they belong to. A shared row is there once for
+/// each entry that learns from it, so that the weights of its labels add up.
 fn targets(
     samples: &[Sample],
     batch: &[usize],
@@ -540,14 +550,18 @@ fn targets(
 ) -> (Vec<usize>, Vec<u32>, Vec<f32>, Vec<usize>) {
     let (mut at, mut labels, mut weights, mut owner) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut target = 0;
     for (entry, &i) in batch.iter().enumerate() {
         let sample = &samples[i];
-        let before = rows.rows_of(entry).skip(sample.target_start - 1);
-        for (row, label) in before.zip(&sample.ids[sample.target_start..]) {
-            at.push(row);
-            labels.push(*label);
-            weights.push(sample.weight);
-            owner.push(entry);
+        let own: Vec<usize> = rows.rows_of(entry).collect();
+        for span in sample.spans().filter(|span| !span.is_empty()) {
+            for position in span {
+                at.push(own[position - 1]);
+                labels.push(sample.ids[position]);
+                weights.push(sample.weight);
+                owner.push(target);
+            }
+            target += 1;
         }
     }
     (at, labels, weights, owner)
@@ -562,9 +576,9 @@ fn held_out_loss(
 ) -> Result<(f64, f64), TrainError> {
     let model = &trainee.model;
     let all: Vec<usize> = (0..samples.len())
-        .filter(|&i| samples[i].targets() > 0 && samples[i].target_start > 0)
+        .filter(|&i| samples[i].is_usable())
         .collect();
-    let (mut loss, mut weight, mut exact) = (0.0, 0.0, 0usize);
+    let (mut loss, mut weight, mut exact, mut asked) = (0.0, 0.0, 0usize, 0usize);
     for batch in pack(&all, samples, 640) {
         let rows = trainee.rows(samples, &batch);
         let mut x = lower.outputs(pool, trainee, samples, &batch, &rows)?;
@@ -580,16 +594,14 @@ fn held_out_loss(
         let seen = model.head_loss(pool, &x, (&at, &labels, &weights), None);
         loss += seen.loss;
         weight += seen.weight;
-        let mut right = vec![true; batch.len()];
+        let mut right = vec![true; owner.last().map_or(0, |last| last + 1)];
         for (hit, &o) in seen.hits.iter().zip(&owner) {
             right[o] &= *hit;
         }
         exact += right.iter().filter(|r| **r).count();
+        asked += right.len();
     }
-    Ok((
-        loss / weight.max(1e-9),
-        exact as f64 / all.len().max(1) as f64,
-    ))
+    Ok((loss / weight.max(1e-9), exact as f64 / asked.max(1) as f64))
 }
 
 fn push_point(state: &mut State, lr: f64, held_out: Option<(f64, f64)>) {

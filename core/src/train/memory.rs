@@ -149,6 +149,7 @@ mod tests {
                 ids: (0..48).map(|j| 3 + (i * 13 + j * 7) % 50).collect(),
                 target_start: 8,
                 weight: 1.0,
+                ..Sample::default()
             })
             .collect()
     }

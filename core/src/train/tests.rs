@@ -33,6 +33,7 @@ fn sample(family: u32, common: usize, own: usize, targets: usize) -> Sample {
     Sample {
         target_start: ids.len() - targets,
         ids,
+        earlier: Vec::new(),
         weight: 1.0 + 0.5 * own as f32 / 10.0,
     }
 }

@@ -34,6 +34,11 @@ pub struct View {
     pub full_steps: usize,
     /// Characters of the last observation or user message; the end is kept.
     pub observation_chars: usize,
+    /// Whether the history stands as turns of the chat, each as it was, instead of in one user turn. A prompt then begins with the
+    /// one before it, so that a step reads what is new alone, and a training row holds a whole episode. `older`, `full_steps` do
+    /// nothing then, and a goal that stands last follows every observation.
+    #[serde(skip_serializing_if = "is_false")]
+    pub turns: bool,
     /// Clauses of the last observation that share content words with the goal; 0 leaves the line out.
     pub focus: usize,
     /// Content words a clause must share with the goal.
@@ -83,6 +88,7 @@ impl Default for View {
             steps_back: 6,
             older: Older::Call,
             full_steps: 1,
+            turns: false,
             observation_chars: 2000,
             focus: 3,
             focus_overlap: 2,
@@ -91,10 +97,12 @@ impl Default for View {
     }
 }
 
-/// What the student is given to read: the texts of a system turn (none if empty) and one user turn.
+/// What the student is given to read: the texts of a system turn (none if empty), of earlier turns, and of the user turn to answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Prompt {
     pub system: String,
+    /// What the user said and what was replied, oldest first; none unless the view shows turns.
+    pub earlier: Vec<(String, String)>,
     pub user: String,
 }
 
@@ -121,6 +129,11 @@ const MAX_STEPS_BACK: usize = 256;
 /// Most focus clauses.
 const MAX_FOCUS: usize = 32;
 
+// Left out where it is false, or the digests of all older students would change.
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
 impl View {
     /// SHA-256 (hex) of what decides the rendering. Fields that have no effect next to the others (`focus_overlap` where
     /// `focus` is 0, say) do not change it.
@@ -132,7 +145,10 @@ impl View {
         if self.focus == 0 {
             effective.focus_overlap = default.focus_overlap;
         }
-        if self.steps_back == 0 {
+        if self.turns {
+            effective.full_steps = default.full_steps;
+        }
+        if self.steps_back == 0 || self.turns {
             effective.older = default.older;
         }
         let json = serde_json::to_string(&effective).expect("a view is plain data");
@@ -140,6 +156,16 @@ impl View {
             .iter()
             .map(|b| format!("{b:02x}"))
             .collect()
+    }
+
+    /// This view of whole episodes: all that fits a prompt, as turns.
+    pub fn whole(&self) -> View {
+        View {
+            turns: true,
+            steps_back: MAX_STEPS_BACK,
+            max_tokens: MAX_PROMPT_TOKENS,
+            ..self.clone()
+        }
     }
 
     /// Whether every field is in its range.

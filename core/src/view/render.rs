@@ -6,6 +6,8 @@ use crate::episode::{Observation, Source, Step, Task, ToolCall};
 
 /// Tokens left free for what the chat template puts around the texts (roles, begin and end of turn).
 const FRAME_TOKENS: usize = 24;
+/// Tokens counted for the frame of each turn, where there are several.
+const TURN_TOKENS: usize = 16;
 /// Longest form of one older turn, in characters; a mail's body has no place there.
 const MAX_OLDER_CHARS: usize = 160;
 /// What stands where a text was cut.
@@ -22,6 +24,8 @@ struct Scene<'a> {
     host_system: String,
     goal: String,
     turns: Vec<Turn<'a>>,
+    /// What was said before the first turn, less the goal.
+    opening: String,
     /// What the student has to answer: the last observation or user message.
     seen: String,
 }
@@ -33,6 +37,9 @@ impl View {
     /// Lines in order, each left out if it is empty: `Tools`, `Goal` (if first), `Earlier`, `Last`, `See`, `Goal`, `Focus`;
     /// `Last` and `Focus` say `none` instead. A prompt longer than `max_tokens` sheds its oldest turns first, then the
     /// beginning of the observation, then the focus. The same arguments give the same prompt.
+    ///
+    /// A view of `turns` writes a user turn for each observation, without labels, and a reply for each step; tools, and a goal that
+    /// stands first, are in the first.
     ///
     /// # Errors
     /// [`ViewError::TooLong`] if system, tools and goal alone are longer than `max_tokens`.
@@ -57,38 +64,98 @@ impl View {
         let observation = strip_label(&scene.seen, "See:");
         let mut chars = observation.chars().count().min(self.observation_chars);
         let mut turns = scene.turns.len().min(self.steps_back);
-        let write = |turns: usize, chars: usize| {
-            self.user_turn(&scene, calls, observation, turns, chars, self.focus)
+        let write = |turns: usize, chars: usize, focused: usize| match self.turns {
+            true => self.all_turns(&scene, calls, turns, chars, focused),
+            false => Prompt {
+                user: self.user_turn(&scene, calls, observation, turns, chars, focused),
+                ..Prompt::default()
+            },
         };
-        let mut user = write(turns, chars);
-        while count(&user) > limit && turns > 0 {
+        let size = |prompt: &Prompt| {
+            let earlier = prompt.earlier.iter();
+            let earlier = earlier.map(|(seen, reply)| count(seen) + count(reply) + TURN_TOKENS);
+            earlier.sum::<usize>() + count(&prompt.user)
+        };
+        let mut prompt = write(turns, chars, self.focus);
+        while size(&prompt) > limit && turns > 0 {
             turns -= 1;
-            user = write(turns, chars);
+            prompt = write(turns, chars, self.focus);
         }
-        if count(&user) > limit && chars > 0 {
+        if size(&prompt) > limit && chars > 0 {
             // The longest end of the observation that fits, by bisection: `fits` characters do, `chars` do not.
             let mut fits = 0;
             while chars - fits > 1 {
                 let middle = fits + (chars - fits) / 2;
-                if count(&write(turns, middle)) <= limit {
+                if size(&write(turns, middle, self.focus)) <= limit {
                     fits = middle;
                 } else {
                     chars = middle;
                 }
             }
-            user = write(turns, fits);
+            prompt = write(turns, fits, self.focus);
         }
-        if count(&user) > limit {
-            user = self.user_turn(&scene, calls, observation, turns, 0, 0);
+        if size(&prompt) > limit {
+            prompt = write(turns, 0, 0);
         }
-        let found = count(&user);
+        let found = size(&prompt);
         if found > limit {
             return Err(ViewError::TooLong {
                 found: found + self.max_tokens - limit,
                 limit: self.max_tokens,
             });
         }
-        Ok(Prompt { system, user })
+        Ok(Prompt { system, ..prompt })
+    }
+
+    /// The last `turns` turns as turns, and `chars` characters of the observation to answer.
+    fn all_turns(
+        &self,
+        scene: &Scene,
+        calls: &CallFormat,
+        turns: usize,
+        chars: usize,
+        focused: usize,
+    ) -> Prompt {
+        let first = scene.turns.len() - turns;
+        let goes_first = matches!(self.goal, GoalPlace::First | GoalPlace::Both);
+        let goes_last = matches!(self.goal, GoalPlace::Last | GoalPlace::Both);
+        let text = |at: usize, chars: usize, focused: usize| {
+            let seen = match at.checked_sub(1) {
+                Some(before) => scene.turns[before].answer(),
+                None => scene.opening.clone(),
+            };
+            let seen = strip_label(&seen, "See:");
+            let goal = format!("Goal: {}", scene.goal);
+            let tools = self.tools_text(calls);
+            let gap = if tools.contains('\n') { "\n" } else { " " };
+            let lines = [
+                (at == first && !tools.is_empty()).then(|| format!("Tools:{gap}{tools}")),
+                (at == first && goes_first && !scene.goal.is_empty()).then(|| goal.clone()),
+                Some(cut_front(seen, chars)).filter(|seen| !seen.is_empty()),
+                (goes_last && !scene.goal.is_empty()).then_some(goal),
+                (focused > 0).then(|| format!("Focus: {}", self.focus_text(scene, seen, focused))),
+            ];
+            lines.into_iter().flatten().collect::<Vec<_>>().join("\n")
+        };
+        let earlier = (first..scene.turns.len()).map(|at| {
+            let step = scene.turns[at].step;
+            let reply = calls.print_reply(step);
+            let reply = reply.unwrap_or_else(|_| said(step, calls, usize::MAX));
+            (text(at, self.observation_chars, self.focus), reply)
+        });
+        Prompt {
+            earlier: earlier.collect(),
+            user: text(scene.turns.len(), chars, focused),
+            ..Prompt::default()
+        }
+    }
+
+    fn focus_text(&self, scene: &Scene, seen: &str, focused: usize) -> String {
+        let clauses = focus(&scene.goal, seen, focused, self.focus_overlap);
+        match clauses.is_empty() {
+            true => "none".into(),
+            false => clauses.join("; "),
+        }
     }
 
     /// The user turn with the last `turns` turns, the last `chars` characters of the observation and `focused` focus clauses.
@@ -140,13 +207,7 @@ impl View {
             line("Goal", &scene.goal);
         }
         if focused > 0 {
-            let clauses = focus(&scene.goal, observation, focused, self.focus_overlap);
-            let text = if clauses.is_empty() {
-                "none".into()
-            } else {
-                clauses.join("; ")
-            };
-            line("Focus", &text);
+            line("Focus", &self.focus_text(scene, observation, focused));
         }
         lines.join("\n")
     }
@@ -239,14 +300,16 @@ impl<'a> Scene<'a> {
         let (goal, rest) = split_goal(&task.instruction, &first);
         opening.insert(0, rest);
         opening.retain(|text| !text.is_empty());
+        let opening = opening.join("\n");
         let seen = match turns.last() {
             Some(turn) => turn.answer(),
-            None => opening.join("\n"),
+            None => opening.clone(),
         };
         Scene {
             host_system: host_system.join("\n\n"),
             goal,
             turns,
+            opening,
             seen,
         }
     }

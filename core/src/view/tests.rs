@@ -411,3 +411,101 @@ fn a_view_out_of_range_is_refused_by_name() {
     .to_string()
     .contains("view.focus is 1000"));
 }
+
+fn turns_view() -> View {
+    View {
+        tools: ToolsShown::None,
+        goal: GoalPlace::First,
+        turns: true,
+        steps_back: 100,
+        focus: 0,
+        ..View::default()
+    }
+}
+
+#[test]
+fn under_a_view_of_turns_each_step_stands_as_it_was() {
+    let prompt = render(&turns_view(), &grid_episode()[..4], &act());
+    let turn = |seen: &str, reply: &str| (seen.to_string(), reply.to_string());
+    assert_eq!(
+        prompt.earlier,
+        [
+            turn(
+                "Goal: go to the purple key.\npurple key 5 ahead 3 right. wall 6 ahead.",
+                "act(forward)"
+            ),
+            turn("purple key 4 ahead 3 right.", "act(forward)"),
+        ]
+    );
+    assert_eq!(prompt.user, "purple key 3 ahead 3 right.");
+    let everything = View {
+        goal: GoalPlace::Both,
+        tools: ToolsShown::Signatures,
+        focus: 2,
+        ..turns_view()
+    };
+    let prompt = render(&everything, &grid_episode()[..3], &act());
+    assert_eq!(
+        prompt.earlier[0].0,
+        "Tools: act(action)\nGoal: go to the purple key.\npurple key 5 ahead 3 right. wall 6 ahead.\n\
+         Goal: go to the purple key.\nFocus: purple key 5 ahead 3 right"
+    );
+    assert_eq!(
+        prompt.user,
+        "purple key 4 ahead 3 right.\nGoal: go to the purple key.\nFocus: purple key 4 ahead 3 right"
+    );
+}
+
+#[test]
+fn turns_are_shed_from_the_oldest_and_the_goal_stays() {
+    let steps = grid_episode();
+    let whole = render(&turns_view(), &steps, &act());
+    assert_eq!(whole.earlier.len(), 4);
+    for max_tokens in [360, 280, 200, 140] {
+        let view = View {
+            max_tokens,
+            ..turns_view()
+        };
+        let prompt = render(&view, &steps, &act());
+        let size: usize = (prompt.earlier.iter())
+            .map(|(seen, reply)| chars(seen) + chars(reply) + 16)
+            .sum();
+        assert!(
+            size + chars(&prompt.user) + 24 <= max_tokens,
+            "{max_tokens}"
+        );
+        assert!(prompt.earlier.len() < 4);
+        let first = prompt.earlier.first().map_or(&prompt.user, |turn| &turn.0);
+        assert!(
+            first.starts_with("Goal: go to the purple key.\n"),
+            "{first}"
+        );
+        assert!(prompt.user.ends_with("wall 2 left."), "{}", prompt.user);
+    }
+    let one = View {
+        steps_back: 1,
+        ..turns_view()
+    };
+    assert_eq!(render(&one, &steps, &act()).earlier.len(), 1);
+}
+
+#[test]
+fn turns_are_another_view_and_its_absence_changes_no_digest() {
+    assert_ne!(
+        turns_view().digest(),
+        View {
+            turns: false,
+            ..turns_view()
+        }
+        .digest()
+    );
+    let text = serde_json::to_string(&View::default()).unwrap();
+    assert!(!text.contains("turns"), "{text}");
+    // What a view of turns does not look at.
+    let other = View {
+        older: Older::CallAndLine,
+        full_steps: 3,
+        ..turns_view()
+    };
+    assert_eq!(turns_view().digest(), other.digest());
+}

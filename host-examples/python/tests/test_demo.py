@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import babyai
+import boss
 import run
 import teacher
 from babyai import World
@@ -56,6 +57,25 @@ class TextView(unittest.TestCase):
         with self.assertRaises(babyai.WrongLevel) as caught:
             babyai.level_id("GoToLokal")
         self.assertIn("GoToLocal", str(caught.exception))
+
+
+class LongEpisodes(unittest.TestCase):
+    def test_what_is_seen_is_told_in_few_words(self) -> None:
+        told = boss.brief("Goal: go.\nSee: red ball 1 right; a; b; c. wall 5 ahead, wall 2 left. Carrying green key.")
+        self.assertEqual(told, "Goal: go.\nred ball 1 right; a; b; wall 5 ahead; carrying green key")
+        self.assertEqual(boss.brief("See: nothing. open ahead."), "nothing")
+        self.assertEqual(boss.brief(boss.GOAL_REACHED), boss.GOAL_REACHED)
+
+    def test_an_episode_follows_from_its_seed_and_ends_at_the_goal(self) -> None:
+        world, seed = World(boss.LEVEL), boss.FIRST_SEED
+        first = boss.episode(world, seed)
+        while first is None:
+            seed += 1
+            first = boss.episode(world, seed)
+        self.assertEqual(boss.episode(world, seed), first)
+        self.assertTrue(boss.SHORTEST <= len(first) <= boss.LONGEST)
+        self.assertTrue(first[0][0].startswith("Goal: "))
+        self.assertTrue({action for _, action in first} <= set(boss.WHAT))
 
 
 class WeakTeacher(unittest.TestCase):

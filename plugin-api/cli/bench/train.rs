@@ -55,6 +55,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
             ids: (0..tokens).map(|i| token(row, i)).collect(),
             target_start: shared.max(1),
             weight: 1.0,
+            ..Sample::default()
         })
         .collect();
     let method = args.method.name();
