@@ -2,7 +2,7 @@
 -- hands a step back as soon as it is unsure.
 --
 -- Differs from default.lua in its numbers, in `accept` (a floor on confidence), in `allow_tool` (calls that cannot be taken
--- back are the teacher's) and in `gate` (more evidence). Everything it does not mention is the built-in default.
+-- back are the teacher's), in `gate` (more evidence) and in `fast_weights` (learning while reading ends where it does not help). Everything it does not mention is the built-in default.
 
 local M = {}
 
@@ -29,6 +29,8 @@ M.new_successes = 200
 M.min_student_episodes = 50
 M.rollback_episodes = 10
 M.rollback_drop = 0.05
+M.max_drift_share = 0.5
+M.max_loss_rise = 0.5
 -- Words in a tool's name that stand for what cannot be taken back.
 M.final_words = { "delete", "remove", "drop", "pay", "refund", "transfer", "send", "submit", "publish", "cancel" }
 
@@ -131,6 +133,17 @@ function M.rollback(live)
   return false, "doing well"
 end
 
+--- Half of the drift that would be undone is enough, and text that grows harder to read after learning from it is a bad teacher.
+function M.fast_weights(fast)
+  if fast.max_drift and fast.drift > fast.max_drift * M.max_drift_share then
+    return { step = 0, reason = "far enough" }
+  end
+  if fast.loss and fast.loss_before and fast.loss > fast.loss_before + M.max_loss_rise then
+    return { reset = true, reason = "it did not help" }
+  end
+  return true
+end
+
 function M.selftest()
   local function expect(want, got, what)
     if want ~= got then
@@ -184,6 +197,15 @@ function M.selftest()
   expect(true, (M.rollback(live)), "a fall")
   live.success = 0.78
   expect(false, (M.rollback(live)), "no fall")
+
+  local fast = { drift = 0.02, max_drift = 0.1, loss = 1.2, loss_before = 1.1 }
+  expect(true, (M.fast_weights(fast)), "learning goes on")
+  fast.drift = 0.06
+  expect(0, M.fast_weights(fast).step, "what was learned stays, and nothing is added")
+  fast.drift, fast.loss = 0.02, 2.0
+  expect(true, M.fast_weights(fast).reset, "harder than before")
+  fast.loss = nil
+  expect(true, (M.fast_weights(fast)), "the first chunk")
 end
 
 return M

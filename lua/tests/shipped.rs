@@ -74,6 +74,16 @@ fn the_selftests_fail_when_a_policy_is_broken() {
             "false",
         ),
         (
+            CAUTIOUS,
+            "fast.drift > fast.max_drift * M.max",
+            "fast.drift > M.max",
+        ),
+        (
+            CAUTIOUS,
+            "fast.loss_before + M.max_loss_rise",
+            "fast.loss_before - M.max_loss_rise",
+        ),
+        (
             PRIVATE,
             "hide_digits(hide_emails(hide_keys(text.content)))",
             "hide_digits(hide_emails(text.content))",
