@@ -2,7 +2,8 @@
 -- hands a step back as soon as it is unsure.
 --
 -- Differs from default.lua in its numbers, in `accept` (a floor on confidence), in `allow_tool` (calls that cannot be taken
--- back are the teacher's), in `gate` (more evidence) and in `fast_weights` (learning while reading ends where it does not help). Everything it does not mention is the built-in default.
+-- back are the teacher's), in `gate` (more evidence) and in `fast_weights` (learning while reading ends where it does not
+-- help). Everything it does not mention is the built-in default.
 
 local M = {}
 
