@@ -1,6 +1,7 @@
 //! A mail desk for benches: a store of its own that goes away afterwards, episodes that grow, steps through the same door as a host's.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use locum_core::episode::{Actor, Outcome, Status, Task, ToolSpec};
@@ -8,6 +9,8 @@ use locum_core::formats::tools_from_json;
 use locum_core::locum::{
     Answer, EpisodeHandle, EpisodeStart, Locum, Options, Pin, Request, StepMeta,
 };
+use locum_core::policy::Policy;
+use locum_lua::{LuaPolicy, PolicyOptions};
 use serde_json::{json, Value};
 
 use crate::fail::Fail;
@@ -18,6 +21,10 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 /// All that a call can say is listed, so that every answer ends by itself within few tokens, also a random model's.
 const LETTERS: [&str; 4] = ["welcome", "reminder", "invoice", "thanks"];
 const FILES: [&str; 2] = ["orders", "mail"];
+
+/// A policy that shows the history as it grew.
+const TURNS: &str =
+    "return { view = { turns = true, goal = 'first', steps_back = 64, max_tokens = 4096 } }";
 
 /// The base model, pinned, on a store that holds nothing else.
 pub struct Desk {
@@ -44,13 +51,21 @@ impl Desk {
     pub fn open(args: &super::Args, place: &Place, reply_tokens: u32) -> Result<Self, Fail> {
         let base = args.base_dir(place)?;
         let dir = std::env::temp_dir().join(format!("locum-bench-{}", std::process::id()));
+        let policy: Arc<dyn Policy> = match args.turns {
+            true => Arc::new(LuaPolicy::from_source(
+                TURNS,
+                "turns.lua",
+                PolicyOptions::default(),
+            )?),
+            false => load_policy(None)?,
+        };
         let locum = Locum::open(Options {
             store_dir: dir.clone(),
             base: Some(base),
             threads: args.threads,
             train_threads: args.threads,
             weights: args.weights.first().copied().unwrap_or_default().into(),
-            policy: Some(load_policy(None)?),
+            policy: Some(policy),
             // No job but the one that a bench starts.
             no_learning: true,
             ..Options::default()

@@ -61,6 +61,9 @@ pub struct Args {
     /// Memory that `train` may take; with less, more is computed twice
     #[arg(long)]
     memory_mib: Option<usize>,
+    /// Show the history of `step` as turns of the chat, so that a step reads what is new alone
+    #[arg(long)]
+    turns: bool,
     /// Take the processor for an older one
     #[arg(long, value_enum, hide = true)]
     isa: Option<Older>,

@@ -68,13 +68,18 @@ pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let format: WeightFormat = args.weights.first().copied().unwrap_or_default().into();
     out.table(&table);
     out.line(&format!(
-        "turn {TURNS} takes {ratio:.2} of turn 2; {} episodes, weights in {}; {}",
+        "turn {TURNS} takes {ratio:.2} of turn 2; {} episodes, {}, weights in {}; {}",
         episodes.len(),
+        if args.turns {
+            "the history as turns"
+        } else {
+            "the default view"
+        },
         format.name(),
         machine.processor
     ));
     out.result(&json!({
-        "turn_2_ms": ms(0), "turn_20_ms": ms(1), "ratio": ratio, "rows": rows, "episodes": episodes.len(),
+        "turn_2_ms": ms(0), "turn_20_ms": ms(1), "ratio": ratio, "rows": rows, "episodes": episodes.len(), "turns": args.turns,
         "weights": format.name(), "kernels": path(format), "peak_bytes": peak_bytes(), "machine": machine,
     }));
     Ok(())
