@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::Subcommand;
 use locum_core::evaluate::ttt::Comparison;
 use locum_core::locum::TttOptions;
-use locum_core::report::{gain_markdown, gain_svg, reach, signed};
+use locum_core::report::{drift_svg, gain_markdown, gain_svg, reach, signed};
 
 use crate::fail::Fail;
 use crate::out::{clean, Out, Table};
@@ -38,7 +38,7 @@ pub struct Ttt {
     /// Stop after the episode in which this many seconds are over
     #[arg(long, value_name = "SECONDS")]
     max_seconds: Option<f64>,
-    /// Folder for ttt.json, ttt.md and ttt.svg
+    /// Folder for ttt.json, ttt.md, ttt.svg and drift.svg
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -84,7 +84,7 @@ pub fn run(command: Command, place: &Place, out: &Out) -> Result<(), Fail> {
     if let Some(dir) = &args.out {
         write(dir, &compared)?;
         out.note(&format!(
-            "ttt.json, ttt.md and ttt.svg are in {}",
+            "ttt.json, ttt.md, ttt.svg and drift.svg are in {}",
             dir.display()
         ));
     }
@@ -150,5 +150,6 @@ fn write(dir: &Path, c: &Comparison) -> Result<(), Fail> {
     let json = serde_json::to_string_pretty(c).unwrap_or_default();
     put("ttt.json", &(json + "\n"))?;
     put("ttt.md", &gain_markdown(c))?;
-    put("ttt.svg", &gain_svg(c))
+    put("ttt.svg", &gain_svg(c))?;
+    put("drift.svg", &drift_svg(c))
 }

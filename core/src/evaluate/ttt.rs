@@ -11,6 +11,7 @@ use crate::episode::EpisodeId;
 use crate::gate::{bootstrap_mean, MeanInterval};
 use crate::kernels::Pool;
 use crate::model::{Model, ModelError};
+use crate::ttt::Update;
 
 /// Tokens read between two looks at what is to be forgotten, so a window is kept to that many.
 const PIECE: usize = 128;
@@ -78,6 +79,17 @@ pub fn read(
     stream: &Stream,
     how: Reading,
 ) -> Result<Vec<Seen>, ModelError> {
+    read_and_watch(pool, model, stream, how, &mut Vec::new())
+}
+
+/// [`read`], which also hands out every update made, with its layer.
+fn read_and_watch(
+    pool: &Pool,
+    model: &Model,
+    stream: &Stream,
+    how: Reading,
+    updates: &mut Vec<(u16, Update)>,
+) -> Result<Vec<Seen>, ModelError> {
     let room = how.window.map_or(stream.ids.len(), |w| w + PIECE);
     let mut sequence = model.sequence(room.min(stream.ids.len()), how.learning);
     let blocks = model.config.attention_shape().keys();
@@ -90,6 +102,7 @@ pub fn read(
     for from in (0..stream.ids.len()).step_by(PIECE) {
         let to = stream.ids.len().min(from + PIECE);
         let hidden = model.step(pool, &mut [(&mut sequence, &stream.ids[from..to])])?;
+        updates.append(&mut sequence.fast.updates);
         // The row before a token predicts it.
         let at: Vec<usize> = (from..to).filter(|row| wanted[row + 1]).collect();
         let labels: Vec<u32> = at.iter().map(|row| stream.ids[row + 1]).collect();
@@ -312,6 +325,57 @@ pub struct Comparison {
     /// Of the intervals: 1 less their confidence.
     pub alpha: f64,
     pub windows: Vec<Window>,
+    /// How far the student's weights went from their trained values, by tokens read.
+    #[serde(default)]
+    pub drift: Vec<Drift>,
+    /// Where a weight would have begun again; `None` if nothing ends it.
+    #[serde(default)]
+    pub max_drift: Option<f32>,
+}
+
+/// Relative change of the layer that went furthest, over the episodes that came so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Drift {
+    /// Tokens read.
+    pub position: u64,
+    pub episodes: u64,
+    pub median: f32,
+    pub most: f32,
+    /// Episodes in which a layer was past its cap here, and began again.
+    pub tripped: u64,
+}
+
+/// The drift at each edge, over episodes: the largest of the layers of each.
+fn drifts(episodes: &[Vec<(u16, Update)>]) -> Vec<Drift> {
+    let mut edges = std::collections::BTreeMap::<usize, Vec<(f32, bool)>>::new();
+    for updates in episodes {
+        let mut own = std::collections::BTreeMap::<usize, (f32, bool)>::new();
+        for (_, update) in updates {
+            let most = own.entry(update.position).or_default();
+            *most = (most.0.max(update.drift), most.1 || update.tripped);
+        }
+        for (position, most) in own {
+            edges.entry(position).or_default().push(most);
+        }
+    }
+    let edge = |(position, mut seen): (usize, Vec<(f32, bool)>)| {
+        seen.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Drift {
+            position: position as u64,
+            episodes: seen.len() as u64,
+            median: seen[seen.len() / 2].0,
+            most: seen[seen.len() - 1].0,
+            tripped: seen.iter().filter(|s| s.1).count() as u64,
+        }
+    };
+    edges.into_iter().map(edge).collect()
+}
+
+/// What came of reading: every window, the drift, and how many texts were read.
+pub struct Compared {
+    pub windows: Vec<Window>,
+    pub drift: Vec<Drift>,
+    pub done: usize,
 }
 
 /// All variants under one window.
@@ -354,7 +418,9 @@ pub fn compare(
     windows: &[Option<usize>],
     alpha: f64,
     go_on: &mut dyn FnMut(usize) -> bool,
-) -> Result<(Vec<Window>, usize), ModelError> {
+) -> Result<Compared, ModelError> {
+    let learner = variants.iter().position(|variant| variant.2).unwrap_or(0);
+    let mut watched = Vec::new();
     let mut read_so_far = vec![vec![Readings::new(); variants.len()]; windows.len()];
     let mut done = 0;
     for stream in streams {
@@ -363,22 +429,30 @@ pub fn compare(
         }
         for (at, &(_, model, learning)) in variants.iter().enumerate() {
             let mut whole: Option<Vec<Seen>> = None;
+            let mut updates = Vec::new();
             for (window, readings) in windows.iter().zip(&mut read_so_far) {
                 // A window as long as the text forgets nothing.
                 let window = window.filter(|w| *w < stream.ids.len());
                 let seen = match (window, &whole) {
                     (None, Some(seen)) => seen.clone(),
-                    _ => read(pool, model, stream, Reading { learning, window })?,
+                    _ => {
+                        // What was learned under the last window is what is told of the drift.
+                        updates.clear();
+                        let how = Reading { learning, window };
+                        read_and_watch(pool, model, stream, how, &mut updates)?
+                    }
                 };
                 if window.is_none() {
                     whole = Some(seen.clone());
                 }
                 readings[at].push(seen);
             }
+            if at == learner {
+                watched.push(updates);
+            }
         }
         done += 1;
     }
-    let learner = variants.iter().position(|variant| variant.2).unwrap_or(0);
     let of_window = |(window, readings): (&Option<usize>, &Vec<Readings>)| {
         let names = variants.iter().map(|variant| variant.0.to_string());
         let others = (0..variants.len()).filter(|at| *at != learner);
@@ -409,7 +483,11 @@ pub fn compare(
         }
     };
     let compared = windows.iter().zip(&read_so_far).map(of_window).collect();
-    Ok((compared, done))
+    Ok(Compared {
+        windows: compared,
+        drift: drifts(&watched),
+        done,
+    })
 }
 
 /// All that was read of an episode, in one list.

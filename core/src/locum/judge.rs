@@ -87,7 +87,7 @@ impl Locum {
         };
         let pool = Pool::new(inner.train_threads, NICE);
         let of = asked.streams.len();
-        let (windows, done) = compare(
+        let compared = compare(
             &pool,
             &variants,
             &asked.streams,
@@ -95,6 +95,7 @@ impl Locum {
             alpha,
             &mut |done| go_on(done, of),
         )?;
+        let done = compared.done;
         if done == 0 {
             return Err(Error::Cancelled);
         }
@@ -110,7 +111,9 @@ impl Locum {
             tokens: read.iter().map(|s| s.ids.len() as u64).sum(),
             actions_cut: asked.cut as u64,
             alpha,
-            windows,
+            windows: compared.windows,
+            drift: compared.drift,
+            max_drift: ttt.max_drift,
         })
     }
 }

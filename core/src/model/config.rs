@@ -198,6 +198,13 @@ impl Config {
         })
     }
 
+    /// The token with which others fill short rows up, where it is not the one that a text begins with.
+    pub fn padding(&self) -> Option<u32> {
+        let id = |field: &str| self.raw.get(field)?.as_u64();
+        let pad = id("pad_token_id").filter(|pad| id("bos_token_id") != Some(*pad))?;
+        u32::try_from(pad).ok()
+    }
+
     /// Width of all query heads together.
     pub fn q_size(&self) -> usize {
         self.num_attention_heads * self.head_dim

@@ -67,6 +67,9 @@ pub enum ModelError {
     Token { token: u32, vocab_size: usize },
     #[error("{asked} positions are more than the {limit} this model was made for")]
     TooLong { asked: usize, limit: usize },
+    /// Padding is text like any other to layers that learn from what they read.
+    #[error("the text begins with token {token}, which is padding: rows of any length go side by side without it")]
+    Padded { token: u32 },
 }
 
 impl ModelError {

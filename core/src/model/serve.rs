@@ -100,7 +100,8 @@ impl Model {
     /// Afterwards each sequence's cache and ids hold the new tokens. A prefill and any number of decoding sequences may share a call.
     ///
     /// # Errors
-    /// A token outside the vocabulary or a sequence longer than the model's positions; nothing has then been changed.
+    /// A token outside the vocabulary, a sequence longer than the model's positions, or one that learns and begins with padding;
+    /// nothing has then been changed.
     pub fn step(
         &self,
         pool: &Pool,
@@ -109,7 +110,12 @@ impl Model {
         let _attention = pool.attentive();
         let mut ids = Vec::new();
         let mut positions = Vec::new();
+        let padding = self.config.padding();
         for (sequence, new) in batch.iter() {
+            let begins = sequence.kv.is_empty() && sequence.fast.is_on();
+            if let Some(token) = new.first().filter(|t| begins && Some(**t) == padding) {
+                return Err(ModelError::Padded { token: *token });
+            }
             let (from, to) = (sequence.kv.len(), sequence.kv.len() + new.len());
             if to > self.max_positions() {
                 return Err(ModelError::TooLong {

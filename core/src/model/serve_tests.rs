@@ -473,3 +473,36 @@ fn what_was_forgotten_is_as_if_masked_out_and_positions_stay() {
         }
     }
 }
+
+#[test]
+fn a_text_to_learn_from_may_not_begin_with_padding() {
+    let dir = tempfile::tempdir().unwrap();
+    let ttt = TttConfig {
+        layers: vec![1],
+        ..TttConfig::default()
+    };
+    super::write_tiny_learner(dir.path(), 3, &ttt).unwrap();
+    let mut model = Model::load(dir.path()).unwrap();
+    let pool = Pool::new(1, 0);
+    model.config.raw["pad_token_id"] = 2.into();
+    let read = |model: &Model, learning: bool, ids: &[u32]| {
+        let mut sequence = model.sequence(8, learning);
+        model
+            .step(&pool, &mut [(&mut sequence, ids)])
+            .map(|_| sequence.ids.len())
+    };
+    let padded = read(&model, true, &[2, 2, 9]);
+    assert!(matches!(
+        padded,
+        Err(super::ModelError::Padded { token: 2 })
+    ));
+    assert_eq!(
+        read(&model, true, &[9, 2]).unwrap(),
+        2,
+        "behind the text it is harmless"
+    );
+    assert_eq!(read(&model, false, &[2, 9]).unwrap(), 2, "nothing learns");
+    // Where texts begin with the same token, it says nothing.
+    model.config.raw["bos_token_id"] = 2.into();
+    assert_eq!(read(&model, true, &[2, 9]).unwrap(), 2);
+}

@@ -4,6 +4,7 @@
 //! every string it is given: task names, reasons and policy names may come from a hostile episode.
 
 mod chart;
+mod drift;
 mod gain;
 mod gather;
 mod html;
@@ -12,6 +13,7 @@ mod page;
 
 use serde::{Deserialize, Serialize};
 
+pub use drift::drift_svg;
 pub use gain::{gain_markdown, gain_svg, reach, signed};
 pub use gather::{answers, player, succeeded, timeline};
 pub use html::utc;
