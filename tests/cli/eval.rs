@@ -89,7 +89,7 @@ fn updates_are_compared_on_held_out_episodes_and_the_student_is_served_by_the_ve
         ["updates on", "updates off", "base", "trained without"]
     );
     assert_eq!(windows[0]["gains"].as_array().unwrap().len(), 3);
-    for name in ["ttt.json", "ttt.md", "ttt.svg"] {
+    for name in ["ttt.json", "ttt.md", "ttt.svg", "drift.svg"] {
         assert!(!text(&out.join(name)).is_empty(), "{name}");
     }
     assert!(

@@ -286,7 +286,7 @@ fn variants_are_compared_window_by_window_on_the_texts_read_until_the_stop() {
     let model = learner(0.5, 5);
     let streams: Vec<Stream> = (0..4).map(|seed| stream(300, seed)).collect();
     let variants: Variants = vec![("on", &model, true), ("off", &model, false)];
-    let (windows, done) = compare(
+    let compared = compare(
         &pool,
         &variants,
         &streams,
@@ -295,7 +295,19 @@ fn variants_are_compared_window_by_window_on_the_texts_read_until_the_stop() {
         &mut |done| done < 3,
     )
     .unwrap();
-    assert_eq!((done, windows.len()), (3, 3));
+    let windows = compared.windows;
+    assert_eq!((compared.done, windows.len()), (3, 3));
+    // Every edge of every text read, with the drift of what was read with everything in reach.
+    let chunk = model.config.ttt.as_ref().unwrap().chunk_len as u64;
+    let edges: Vec<u64> = compared.drift.iter().map(|d| d.position).collect();
+    assert_eq!(
+        edges,
+        (1..=300 / chunk).map(|n| n * chunk).collect::<Vec<_>>()
+    );
+    for edge in &compared.drift {
+        assert_eq!(edge.episodes, 3);
+        assert!(0.0 < edge.median && edge.median <= edge.most, "{edge:?}");
+    }
     // No text is longer than the second window.
     assert_eq!(windows[1].variants, windows[2].variants);
     assert_ne!(windows[0].variants, windows[2].variants);
