@@ -59,6 +59,53 @@ fn every_bench_measures_what_it_names() {
 }
 
 #[test]
+fn what_learning_costs_is_measured_where_something_is_learned() {
+    let world = World::new();
+    let tiny = world.path("tiny");
+    std::fs::create_dir(&tiny).unwrap();
+    locum_core::model::write_tiny(&tiny, 5).unwrap();
+    let tiny = tiny.to_str().unwrap();
+    let ttt = world.json(&[
+        "bench", "ttt", "--model", tiny, "--runs", "1", "--tokens", "768",
+    ]);
+    let row = &ttt["rows"][0];
+    assert_eq!(row["weights"], "q8");
+    assert_eq!(row["prefill"].as_array().map(Vec::len), Some(2));
+    for key in [
+        "mean_ratio",
+        "p99_ratio",
+        "edge_ratio",
+        "longest_edge_ratio",
+    ] {
+        assert!(row["decode"][key].as_f64().unwrap() > 0.0, "{ttt}");
+    }
+    assert_eq!(row["decode"]["edges"], 3);
+    assert!(row["decode"]["fast_bytes"].as_u64().unwrap() > 0);
+    let short = world.run(&["bench", "ttt", "--model", tiny, "--tokens", "100"]);
+    assert_ne!(short.code(), 0);
+
+    let split = world.json(&[
+        "bench",
+        "split",
+        "--model",
+        tiny,
+        "--runs",
+        "1",
+        "--tokens",
+        "300,5000",
+        "--threads",
+        "2",
+    ]);
+    let rows = split["rows"].as_array().unwrap();
+    assert_eq!((rows.len(), &rows[3]["tokens"]), (4, &5000.into()));
+    for row in rows {
+        assert!(row["speed_up"].as_f64().unwrap() > 0.0, "{split}");
+    }
+    let none = world.run(&["bench", "split", "--model", tiny, "--tokens", "200"]);
+    assert_ne!(none.code(), 0, "no chunk is full, so nothing was learned");
+}
+
+#[test]
 fn benches_through_the_door_get_answers() {
     let world = World::new();
     let tiny = world.path("tiny");

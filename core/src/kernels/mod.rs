@@ -41,9 +41,9 @@ pub use pointwise::{
     swiglu_in_place, RopeTable,
 };
 pub use pool::{quiet_thread, Attention, Keeping, Pool, SharedMut};
-pub use quant::{PackedQ4, PackedQ8, QuantPath};
+pub use quant::{OuterQ8, PackedQ4, PackedQ8, QuantPath, PANEL_ROWS};
 pub use random::Random;
 pub use simd::{axpy, dot, features, limit_features, Features, Isa};
 pub use softmax::{cross_entropy, log_sum_exp, RowLoss};
 pub use speed::f32_limit;
-pub use vector::add;
+pub use vector::{add, squared_distance};

@@ -1,5 +1,6 @@
-//! Sums of long vectors over the pool.
+//! Sums of long vectors over the pool, and how far two are apart.
 
+use super::lanes::{on_lanes, Lanes, OnLanes, LANES};
 use super::pool::{Pool, SharedMut};
 
 /// Numbers that a part takes: half a megabyte of each operand.
@@ -22,9 +23,56 @@ pub fn add(pool: &Pool, x: &[f32], y: &mut [f32]) {
     });
 }
 
+/// `Σ (a - b)²`: short sums in `f32`, long ones in `f64`, so that the error stays that of a short sum.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let short = |(a, b)| f64::from(on_lanes(Distance { a, b }));
+    a.chunks(1024).zip(b.chunks(1024)).map(short).sum()
+}
+
+struct Distance<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+}
+
+impl OnLanes for Distance<'_> {
+    type Out = f32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> f32 {
+        let mut sums = [L::splat(0.0); 2];
+        let (a, b) = (self.a.as_chunks::<LANES>(), self.b.as_chunks::<LANES>());
+        for (i, (a, b)) in a.0.iter().zip(b.0).enumerate() {
+            // SAFETY: both are sixteen numbers.
+            let apart = unsafe { L::load(a.as_ptr()).sub(L::load(b.as_ptr())) };
+            sums[i % 2] = apart.mul_add(apart, sums[i % 2]);
+        }
+        let rest = a.1.iter().zip(b.1).map(|(a, b)| (a - b) * (a - b));
+        sums[0].add(sums[1]).sum() + rest.sum::<f32>()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Random;
+
+    #[test]
+    fn distances_agree_with_the_obvious_sum_in_f64() {
+        let mut random = Random::new(3);
+        for n in [0, 1, 16, 40, 1024, 5000] {
+            let mut numbers = || (0..n).map(|_| random.normal() as f32).collect::<Vec<_>>();
+            let (a, b) = (numbers(), numbers());
+            let apart = |(a, b): (&f32, &f32)| (f64::from(*a) - f64::from(*b)).powi(2);
+            let want: f64 = a.iter().zip(&b).map(apart).sum();
+            let got = squared_distance(&a, &b);
+            assert!((got - want).abs() <= 1e-6 * want, "{n}: {got} {want}");
+        }
+        assert!(squared_distance(&[f32::NAN], &[0.0]).is_nan());
+    }
 
     #[test]
     fn every_number_is_added_once() {

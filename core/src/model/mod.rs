@@ -16,6 +16,7 @@ mod sequence;
 mod serve;
 #[cfg(test)]
 mod serve_tests;
+mod split;
 mod tiny;
 mod weights;
 
@@ -40,7 +41,7 @@ pub use weights::{
 };
 
 use crate::kernels::{Random, RopeTable};
-use crate::ttt::{TttConfig, TttStart};
+use crate::ttt::{StartWeight, TttConfig, TttStart};
 
 /// What can be wrong with a model's files or with a call to it.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +90,8 @@ pub struct Model {
     /// In which numbers products of many rows are computed, where the weights are not packed.
     pub compute: Compute,
     packed: Arc<BTreeMap<ParamId, Arc<packed::Packed>>>,
+    /// What the layers that learn begin with, where the weights no longer change.
+    starts: Arc<BTreeMap<u16, StartWeight>>,
     rope: Arc<RopeTable>,
 }
 
@@ -121,6 +124,7 @@ impl Model {
             weights,
             compute: Compute::default(),
             packed: Arc::default(),
+            starts: Arc::default(),
             rope,
         })
     }
@@ -151,6 +155,12 @@ impl Model {
         let text = serde_json::to_string_pretty(&raw).expect("a JSON value prints");
         write_atomically(&dir.join("config.json"), text.as_bytes())?;
         self.weights.save(dir, &self.config, dtype)
+    }
+
+    /// The model with room for longer sequences than it was made for, to time what they cost: what it says there means nothing.
+    pub fn with_positions(mut self, positions: usize) -> Self {
+        self.rope = Arc::new(RopeTable::new(&self.config.inv_freq(), positions));
+        self
     }
 
     /// Positions a sequence can have.

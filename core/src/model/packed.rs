@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::forward::product;
 use super::{LayerParam, Model, ModelError, ParamId, LINEARS};
 use crate::kernels::{matmul_bf16, Mat, MatMut, PackedBf16, PackedQ4, PackedQ8, Pool};
-use crate::ttt::TttConfig;
+use crate::ttt::{FastFormat, TttConfig};
 
 /// Numbers in which a model in service keeps its matrices. Norms are always `f32`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,16 +133,66 @@ impl Model {
                 }
             }
         }
+        if matches!(format, WeightFormat::Q8 | WeightFormat::Q4) {
+            for id in self.ttt_projections() {
+                let p = &self.weights.params[&id];
+                let d = self.config.hidden_size;
+                let new = PackedQ8::new(&transposed(p, d), d, d);
+                packed.insert(id, Arc::new(Packed::Q8(new)));
+            }
+        }
         self.packed = Arc::new(packed);
+        self.with_starts()
+    }
+
+    /// The model with what its layers that learn begin with, so that no sequence has to measure it. Its weights must not change any more.
+    fn with_starts(mut self) -> Self {
+        let layers = self.config.ttt.iter().flat_map(|ttt| &ttt.layers);
+        let starts = layers.map(|layer| (*layer, self.start_weight(*layer)));
+        self.starts = Arc::new(starts.collect());
         self
+    }
+
+    /// Projections of layers that learn while they are read. They are kept as they were trained beside their packed transposes.
+    fn ttt_projections(&self) -> Vec<ParamId> {
+        let layers = self.config.ttt.iter().flat_map(|ttt| &ttt.layers);
+        let ids = layers.map(|layer| ParamId::Layer(*layer, LayerParam::TttProj));
+        ids.filter(|id| self.weights.params.contains_key(id))
+            .collect()
+    }
+
+    /// The packed transpose of a layer's projection, for a student of 8 or 4 bits.
+    pub(super) fn packed_projection(&self, layer: usize) -> Option<&PackedQ8> {
+        let id = ParamId::Layer(layer as u16, LayerParam::TttProj);
+        match self.packed.get(&id).map(|packed| &**packed) {
+            Some(Packed::Q8(packed)) => Some(packed),
+            _ => None,
+        }
+    }
+
+    /// In which numbers a layer of this model keeps a weight that has learned.
+    pub(super) fn fast_format(&self, layer: u16) -> FastFormat {
+        let id = ParamId::Layer(layer, LayerParam::Down);
+        match self.packed.get(&id).map(|packed| &**packed) {
+            // What was learned is small beside the weight, and 4 bits would round most of it away.
+            Some(Packed::Q8(_) | Packed::Q4(_)) => FastFormat::Q8,
+            Some(Packed::Bf16(_)) | None => FastFormat::F32,
+        }
     }
 
     /// The model with the numbers its packed matrices stand for, in `f32`: what products by them are judged by.
     pub fn unpacked(&self) -> Self {
         let mut plain = self.clone();
         plain.packed = Arc::default();
+        plain.starts = Arc::default();
         for (id, packed) in self.packed.iter() {
-            plain.weights.params.insert(*id, Arc::new(packed.unpack()));
+            let numbers = match id {
+                ParamId::Layer(_, LayerParam::TttProj) => {
+                    transposed(&packed.unpack(), self.config.hidden_size)
+                }
+                _ => packed.unpack(),
+            };
+            plain.weights.params.insert(*id, Arc::new(numbers));
         }
         plain
     }
@@ -159,7 +209,10 @@ impl Model {
                 *own = same.clone();
             }
         }
-        self
+        match self.starts.is_empty() {
+            true => self,
+            false => self.with_starts(),
+        }
     }
 
     /// Bytes of all weights in memory.
@@ -261,6 +314,17 @@ impl Model {
             Compute::Bf16 => matmul_bf16(Some(pool), a, b, 1.0, accumulate, out),
         }
     }
+}
+
+/// The transpose of a square matrix (d, d).
+fn transposed(m: &[f32], d: usize) -> Vec<f32> {
+    let mut out = vec![0.0; d * d];
+    for (i, row) in m.chunks_exact(d).enumerate() {
+        for (j, x) in row.iter().enumerate() {
+            out[j * d + i] = *x;
+        }
+    }
+    out
 }
 
 /// The weights, if all are of the kind that `f` takes.

@@ -10,12 +10,13 @@ use std::sync::Arc;
 
 use super::config::Architecture;
 use super::params::LayerParam::{self, *};
-use super::{FastWeights, Model, ModelError, ParamId, Sequence};
+use super::split::Link;
+use super::{FastWeights, KvCache, Model, ModelError, ParamId, Sequence};
 use crate::kernels::{
-    add_in_place, attention, attention_of_rows, rms_norm, rope, swiglu_in_place, Pool, SharedMut,
+    add, add_in_place, attention, attention_of_rows, rms_norm, rope, swiglu_in_place, Pool, SharedMut,
     Span,
 };
-use crate::ttt::{down, Chunk, FastWeight, StartWeight, TttLayer, TttTarget};
+use crate::ttt::{Chunk, FastWeight, StartWeight, TttLayer, TttTarget};
 
 /// Rows from which on a batch is cut into tiles: below, a tile would stream the weights for too few rows.
 const MIN_TILED_ROWS: usize = 25;
@@ -35,8 +36,11 @@ struct Reading<'a> {
     /// Tokens before them whose keys are there.
     pos: usize,
     /// Keys and values of each layer.
-    layers: Vec<(SharedMut<'a, f32>, SharedMut<'a, f32>)>,
+    layers: &'a [Cache<'a>],
 }
+
+/// Keys and values of a layer.
+type Cache<'a> = (SharedMut<'a, f32>, SharedMut<'a, f32>);
 
 impl Reading<'_> {
     /// The part of `rows` that is this sequence's.
@@ -58,6 +62,15 @@ struct Step<'a> {
     x: SharedMut<'a, f32>,
     /// (t, h, e)
     q: SharedMut<'a, f32>,
+    /// To the other workers, where this is one's part of a prompt.
+    link: Option<Link<'a>>,
+}
+
+/// A part of one sequence's new tokens, from `pos` on: their embeddings, to become the last block's output (t, d), and the caches.
+pub(super) struct Stretch<'a> {
+    pub pos: usize,
+    pub x: &'a mut [f32],
+    pub layers: &'a [Cache<'a>],
 }
 
 /// What a layer that learns reads of all rows: activations (t, f), and what its targets are made from (t, d).
@@ -75,12 +88,19 @@ impl Model {
             return sequence;
         };
         for &layer in &config.layers {
-            let w = self.weights.params[&ParamId::Layer(layer, Down)].clone();
-            let start = StartWeight::new(w, self.config.hidden_size);
+            let start = self.starts.get(&layer).cloned();
+            let start = start.unwrap_or_else(|| self.start_weight(layer));
             sequence.fast.layers.insert(layer, FastWeight::new(&start));
         }
         sequence.fast.config = Some(Arc::new(config.clone()));
         sequence
+    }
+
+    /// What a layer that learns begins with.
+    pub(super) fn start_weight(&self, layer: u16) -> StartWeight {
+        let w = self.weights.params[&ParamId::Layer(layer, Down)].clone();
+        let start = StartWeight::new(w, self.config.hidden_size);
+        start.in_format(self.fast_format(layer))
     }
 
     /// What was trained for a layer that learns.
@@ -93,7 +113,11 @@ impl Model {
         };
         let conv = tensor(TttConv)?;
         let proj = tensor(TttProj).map(|p| &p[..]);
-        TttLayer::new(config, self.config.hidden_size, conv, proj).ok()
+        let layer = TttLayer {
+            packed_proj: self.packed_projection(layer),
+            ..TttLayer::new(config, self.config.hidden_size, conv, proj).ok()?
+        };
+        Some(layer)
     }
 
     /// Reads new tokens of several sequences at once and returns the last block's output for every row, packed in order: (t, d).
@@ -117,12 +141,7 @@ impl Model {
                 return Err(ModelError::Padded { token: *token });
             }
             let (from, to) = (sequence.kv.len(), sequence.kv.len() + new.len());
-            if to > self.max_positions() {
-                return Err(ModelError::TooLong {
-                    asked: to,
-                    limit: self.max_positions(),
-                });
-            }
+            self.check_room(to)?;
             ids.extend_from_slice(new);
             positions.extend(from as u32..to as u32);
         }
@@ -132,22 +151,22 @@ impl Model {
         let mut row = 0;
         let mut readings = Vec::with_capacity(batch.len());
         let mut fasts = Vec::with_capacity(batch.len());
-        let embedded = match self.config.ttt.as_ref().map(|t| t.target) {
-            Some(TttTarget::InputEmbed) => x.clone(),
-            _ => Vec::new(),
-        };
+        let embedded = self.embedded_targets(&x);
+        let mut caches = Vec::with_capacity(batch.len());
+        let mut spans = Vec::with_capacity(batch.len());
         for (sequence, new) in batch.iter_mut() {
             let (pos, len) = (sequence.kv.held(), new.len());
             sequence.kv.reserve(pos + len);
             fasts.push(&mut sequence.fast);
-            let layers = sequence.kv.layers_mut();
+            spans.push((pos, len));
+            caches.push(shared(&mut sequence.kv));
+        }
+        for ((pos, len), layers) in spans.into_iter().zip(&caches) {
             readings.push(Reading {
                 row,
                 len,
                 pos,
-                layers: layers
-                    .map(|(k, v)| (SharedMut::new(k), SharedMut::new(v)))
-                    .collect(),
+                layers,
             });
             row += len;
         }
@@ -157,14 +176,71 @@ impl Model {
             readings,
             x: SharedMut::new(&mut x),
             q: SharedMut::new(&mut q),
+            link: None,
         };
         step.run(pool, &mut fasts, &embedded);
+        drop(step);
         for (sequence, new) in batch.iter_mut() {
             sequence.kv.advance(new.len());
             sequence.ids.extend_from_slice(new);
         }
         Ok(x)
     }
+
+    /// One worker's part of a prompt that several read. Its fast weights come as they were at the first token of all of them, and are
+    /// brought to this one's by `link`.
+    pub(super) fn step_stretch(
+        &self,
+        pool: &Pool,
+        stretch: Stretch,
+        fast: &mut FastWeights,
+        link: Link,
+    ) {
+        let _attention = pool.attentive();
+        let Stretch { pos, x, layers } = stretch;
+        let len = x.len() / self.config.hidden_size;
+        let embedded = self.embedded_targets(x);
+        let mut q = vec![0.0; len * self.config.q_size()];
+        let step = Step {
+            model: self,
+            positions: (pos as u32..(pos + len) as u32).collect(),
+            readings: vec![Reading {
+                row: 0,
+                len,
+                pos,
+                layers,
+            }],
+            x: SharedMut::new(x),
+            q: SharedMut::new(&mut q),
+            link: Some(link),
+        };
+        step.run(pool, &mut [fast], &embedded);
+    }
+
+    /// # Errors
+    /// [`ModelError::TooLong`] for more positions than there are.
+    pub(super) fn check_room(&self, asked: usize) -> Result<(), ModelError> {
+        let limit = self.max_positions();
+        match asked <= limit {
+            true => Ok(()),
+            false => Err(ModelError::TooLong { asked, limit }),
+        }
+    }
+
+    /// What targets are made from where they are the embeddings `x`; nothing elsewhere.
+    fn embedded_targets(&self, x: &[f32]) -> Vec<f32> {
+        match self.config.ttt.as_ref().map(|t| t.target) {
+            Some(TttTarget::InputEmbed) => x.to_vec(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// The keys and values of all layers, for threads that write to different positions.
+pub(super) fn shared(kv: &mut KvCache) -> Vec<Cache<'_>> {
+    kv.layers_mut()
+        .map(|(k, v)| (SharedMut::new(k), SharedMut::new(v)))
+        .collect()
 }
 
 impl Step<'_> {
@@ -190,6 +266,9 @@ impl Step<'_> {
         let inner = few.then_some(pool);
         for layer in 0..=layers {
             let learned = layer > 0 && learning[layer - 1];
+            if let (Some(link), 1..) = (&self.link, layer) {
+                link.await_keys(layer - 1);
+            }
             if learned {
                 let seen = Seen {
                     z: SharedMut::new(&mut z),
@@ -216,6 +295,9 @@ impl Step<'_> {
                     }
                 }
             });
+            if let (Some(link), true) = (&self.link, layer < layers) {
+                link.send_keys(layer);
+            }
         }
     }
 
@@ -262,19 +344,17 @@ impl Step<'_> {
                 weight.skip(reading.len);
                 continue;
             }
+            if let Some(link) = &self.link {
+                let (z, u) = (&z[reading.row * f..end * f], &u[reading.row * d..end * d]);
+                link.hand_on(pool, (config, trained), layer, reading.pos, weight, (z, u));
+            }
             let mut row = reading.row;
             while row < end {
                 let to = end.min(row + weight.room(config));
                 let (z, u) = (&z[row * f..to * f], &u[row * d..to * d]);
                 match weight.is_start() {
                     true => own_product(row..to, &mut y),
-                    false => down(
-                        Some(pool),
-                        z,
-                        weight.weight(),
-                        (d, f),
-                        &mut y[row * d..to * d],
-                    ),
+                    false => weight.apply(Some(pool), z, &mut y[row * d..to * d]),
                 }
                 match weight.absorb(Some(pool), config, trained, z, u) {
                     Chunk::Learned(update) => updates.push((layer as u16, update)),
@@ -283,15 +363,18 @@ impl Step<'_> {
                 row = to;
             }
             // While answering token by token, the sum of the coming edge is made bit by bit, each layer at a token of its own.
-            if reading.len == 1 && (weight.position() + 3 * layer).is_multiple_of(AHEAD_ROWS) {
-                weight.work_ahead(Some(pool), config, trained, 2 * AHEAD_ROWS);
+            if reading.len == 1 {
+                if (weight.position() + 3 * layer).is_multiple_of(AHEAD_ROWS) {
+                    weight.work_ahead(Some(pool), config, trained, 2 * AHEAD_ROWS);
+                }
+                weight.sum_ahead(Some(pool), config);
             }
         }
         let rest = plain;
         self.plain_down(pool, layer, rest, z, &mut y);
         // SAFETY: no tile runs while this does.
         let x = unsafe { self.x.slice(0, y.len()) };
-        add_in_place(x, &y);
+        add(pool, &y, x);
     }
 
     fn plain_down(&self, pool: &Pool, layer: usize, rows: Range<usize>, z: &[f32], y: &mut [f32]) {
@@ -378,8 +461,9 @@ impl Step<'_> {
             .map(|reading| {
                 let (k, v) = &reading.layers[layer];
                 let Reading { row, len, pos, .. } = *reading;
-                // SAFETY: the caller's promise.
-                let (k, v) = unsafe { (k.read(0, k.len()), v.read(0, v.len())) };
+                let (keys, values) = (c.attention_shape().keys().len(pos + len), pos + len);
+                // SAFETY: the caller's promise. What stands behind is perhaps being written by another worker.
+                let (k, v) = unsafe { (k.read(0, keys), v.read(0, values * c.kv_size())) };
                 Span {
                     row,
                     len,

@@ -1,9 +1,11 @@
 //! Serving against itself, however a text is cut and whoever is read beside it, and against the values of the TTT authors' code.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::{
-    write_tiny, FileDtype, Grads, Model, PackedRows, ParamId, Sequence, Tape, TrainId, WeightFormat,
+    write_tiny, FileDtype, Grads, LayerParam, Model, PackedRows, ParamId, Sequence, Tape, TrainId,
+    WeightFormat,
 };
 use crate::kernels::{Pool, Random};
 use crate::ttt::tests::decoder::{tensors, Tensors};
@@ -66,6 +68,120 @@ fn what_a_sequence_reads_does_not_depend_on_its_company_nor_on_how_it_is_cut() {
             .flat_map(|(want, past)| want[past * d..].to_vec())
             .collect();
         assert_eq!(got, want, "{format:?}");
+    }
+}
+
+/// A tiny model whose layers learn enough to be seen, with noise for filters and projections.
+pub(super) fn learner(chunk_len: usize, target: TttTarget) -> Model {
+    let dir = tempfile::tempdir().unwrap();
+    write_tiny(dir.path(), 3).unwrap();
+    let ttt = TttConfig {
+        layers: vec![0, 1],
+        chunk_len,
+        max_drift: None,
+        target,
+        ..TttConfig::default()
+    };
+    let mut random = Random::new(5);
+    let mut model = Model::load(dir.path())
+        .unwrap()
+        .with_ttt(ttt.clone(), TttStart::Published, &mut random)
+        .unwrap();
+    for layer in ttt.layers {
+        for (which, size) in [(LayerParam::TttConv, 0.5), (LayerParam::TttProj, 0.1)] {
+            let id = ParamId::Layer(layer, which);
+            let n: usize = id.shape(&model.config).iter().product();
+            let noise = (0..n).map(|_| (size * random.normal()) as f32).collect();
+            model.weights.params.insert(id, Arc::new(noise));
+        }
+    }
+    model
+}
+
+#[test]
+fn a_quantised_student_learns_the_same_bits_however_its_text_is_cut() {
+    let pool = Pool::new(3, 0);
+    let mut random = Random::new(4);
+    // 80 tokens are two blocks ahead of the edge and a half at it; 32 are one, and 7 a part of one.
+    for (chunk, format) in [
+        (80, WeightFormat::Q8),
+        (80, WeightFormat::Q4),
+        (32, WeightFormat::Q8),
+        (7, WeightFormat::Q8),
+    ] {
+        let model = learner(chunk, TttTarget::HiddenStates).packed(format);
+        let ids: Vec<u32> = (0..300).map(|_| 3 + random.below(200) as u32).collect();
+        let read = |calls: &[usize]| {
+            let mut sequence = model.sequence(8, true);
+            let (mut out, mut at) = (Vec::new(), 0);
+            for len in calls {
+                let new = &ids[at..at + len];
+                out.extend(model.step(&pool, &mut [(&mut sequence, new)]).unwrap());
+                at += len;
+            }
+            assert_eq!(at, ids.len());
+            (out, sequence)
+        };
+        let (want, whole) = read(&[300]);
+        let off = model
+            .step(&pool, &mut [(&mut model.sequence(8, false), &ids)])
+            .unwrap();
+        assert_ne!(off, want, "nothing was learned");
+        let first = chunk * model.config.hidden_size;
+        assert_eq!(off[..first], want[..first]);
+        for calls in [
+            vec![1; 300],
+            [vec![90], vec![1; 200], vec![10]].concat(),
+            vec![33, 31, 100, 1, 1, 70, 64],
+        ] {
+            let (got, sequence) = read(&calls);
+            assert!(
+                got == want,
+                "chunks of {chunk}, {format:?}, calls of {calls:?}"
+            );
+            for (layer, fast) in &whole.fast.layers {
+                let other = &sequence.fast.layers[layer];
+                assert!(fast.weight() == other.weight());
+                assert_eq!(fast.drift(), other.drift());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_quantised_student_that_has_learned_is_off_by_the_rounding_of_its_format() {
+    let pool = Pool::new(2, 0);
+    let ids: Vec<u32> = (0..300).map(|i| 3 + i * 7 % 50 + i % 3).collect();
+    let mut plain = learner(32, TttTarget::HiddenStates);
+    // A drift of some percent, as the cap allows.
+    plain.config.ttt.as_mut().unwrap().lr = 0.001;
+    // Logits of the tokens behind the first chunk.
+    let logits = |model: &Model, learning: bool| {
+        let mut sequence = model.sequence(8, learning);
+        let hidden = model.step(&pool, &mut [(&mut sequence, &ids)]).unwrap();
+        let rows: Vec<usize> = (32..ids.len()).collect();
+        (model.logits(&pool, &hidden, &rows), sequence.fast.drift())
+    };
+    for (format, most) in [(WeightFormat::Q8, 0.03), (WeightFormat::Q4, 0.03)] {
+        let packed = plain.clone().packed(format);
+        let exact = packed.unpacked();
+        let error = |learning: bool| {
+            let ((got, _), (want, drift)) = (logits(&packed, learning), logits(&exact, learning));
+            assert_eq!(drift > 0.02 && drift < 0.2, learning, "{drift}");
+            let off: f32 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
+            let size: f32 = want.iter().map(|x| x * x).sum();
+            (off / size).sqrt()
+        };
+        let (without, with) = (error(false), error(true));
+        // Relative RMS of a logit: 8-bit rows alone cost the first, the weight packed anew at each edge and 8-bit outer products the rest.
+        assert!(
+            with <= most,
+            "{format:?}: {with}, {without} without learning"
+        );
+        assert!(
+            with <= 2.0 * without,
+            "{format:?}: {with}, {without} without learning"
+        );
     }
 }
 

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::TttError;
-use crate::kernels::Random;
+use crate::kernels::{PackedQ8, Random};
 
 /// Deviation of the published initial `ttt_proj`: the usual `initializer_range`.
 pub const PROJ_DEVIATION: f64 = 0.02;
@@ -223,6 +223,8 @@ pub struct TttLayer<'a> {
     pub conv: &'a [f32],
     /// `mlp.ttt_proj.weight` (d, d), used as `conv(u) P`.
     pub proj: Option<&'a [f32]>,
+    /// Its transpose in 8 bits, for students that are served so; it is then used in place of `proj`.
+    pub packed_proj: Option<&'a PackedQ8>,
 }
 
 impl<'a> TttLayer<'a> {
@@ -257,6 +259,10 @@ impl<'a> TttLayer<'a> {
                 });
             }
         }
-        Ok(Self { conv, proj })
+        Ok(Self {
+            conv,
+            proj,
+            packed_proj: None,
+        })
     }
 }

@@ -27,7 +27,8 @@
 //! # What differs from the authors' code
 //!
 //! - Any number of sequences side by side, each with its own [`FastWeight`]; their incremental code is right for one row only.
-//! - `W`, what waits and all sums are `f32` whatever the student's format; theirs are in the model's.
+//! - `W`, what waits and all sums are `f32` whatever the student's format; theirs are in the model's. A student of 8 or 4 bits applies
+//!   its `W` in 8 bits, packed anew at each edge, and multiplies the operands of its updates in 8 bits ([`FastFormat::Q8`]).
 //! - A chunk that waits keeps `z`, so that an edge needs no second pass through gate and up. Its outer products can be summed ahead
 //!   of the edge ([`FastWeight::work_ahead`]), so that no token waits for all of them.
 //! - Training walks the chunks with one `W` ([`forward`], [`backward`]) where theirs holds the weight of every chunk.
@@ -36,13 +37,14 @@
 //!   gradient of the loss; nothing here is trained.
 
 mod config;
+mod quantised;
 mod rule;
 mod state;
 mod training;
 
 pub use config::{TttConfig, TttLayer, TttMode, TttStart, TttTarget, PROJ_DEVIATION};
 pub use rule::down;
-pub use state::{forward_rows, Chunk, FastWeight, StartWeight, Update};
+pub use state::{forward_rows, Chunk, FastFormat, FastWeight, StartWeight, Update};
 pub use training::{backward, forward, TttGrad};
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ use crate::kernels::{axpy, matmul, matmul_nt_small, Mat, MatMut, Pool, SharedMut
 
 /// Rows up to which a product is memory-bound and read row by row, as in the model's own products.
 const SMALL_ROWS: usize = 6;
+/// Rows that one part filters: some 10 µs.
+const FILTERED_ROWS: usize = 32;
 
 /// The down-projection `y = z wᵀ`: z (t, f), w (d, f), y (t, d). The model's own product, so a weight that is still the trained one gives
 /// the plain model's numbers.
@@ -25,17 +27,33 @@ pub fn down(pool: Option<&Pool>, z: &[f32], w: &[f32], (d, f): (usize, usize), y
 
 /// `conv(u)` of rows `rows` of a chunk, (rows, d), from those of its rows that are there: u (n, d). Rows behind `n` count as zeros,
 /// so `rows` may reach the last k/2 of them only where the chunk ends.
-pub(super) fn filter(conv: &[f32], u: &[f32], rows: Range<usize>, d: usize) -> Vec<f32> {
+pub(super) fn filter(
+    pool: Option<&Pool>,
+    conv: &[f32],
+    u: &[f32],
+    rows: Range<usize>,
+    d: usize,
+) -> Vec<f32> {
     let taps = Taps::new(conv, d);
     let n = u.len() / d;
     let mut out = vec![0.0; rows.len() * d];
-    for (j, out) in rows.zip(out.chunks_exact_mut(d)) {
-        for (tap, from) in taps.around(j, n) {
-            for ((out, tap), u) in out.iter_mut().zip(tap).zip(&u[from * d..(from + 1) * d]) {
-                *out += tap * u;
+    let shared = SharedMut::new(&mut out);
+    let piece = match pool {
+        Some(_) => FILTERED_ROWS,
+        None => rows.len().max(1),
+    };
+    run(pool, rows.len().div_ceil(piece), |part| {
+        let rows = rows.start + part * piece..rows.end.min(rows.start + (part + 1) * piece);
+        // SAFETY: each part has rows of its own.
+        let out = unsafe { shared.slice(part * piece * d, rows.len() * d) };
+        for (j, out) in rows.zip(out.chunks_exact_mut(d)) {
+            for (tap, from) in taps.around(j, n) {
+                for ((out, tap), u) in out.iter_mut().zip(tap).zip(&u[from * d..(from + 1) * d]) {
+                    *out += tap * u;
+                }
             }
         }
-    }
+    });
     out
 }
 
@@ -119,7 +137,7 @@ pub(super) fn target(
     d: usize,
 ) -> Vec<f32> {
     let n = rows.len();
-    let filtered = filter(layer.conv, u, rows, d);
+    let filtered = filter(pool, layer.conv, u, rows, d);
     let Some(proj) = layer.proj else {
         return filtered;
     };
@@ -128,6 +146,10 @@ pub(super) fn target(
         return filtered;
     }
     let mut v = vec![0.0; n * d];
+    if let Some(packed) = layer.packed_proj {
+        packed.product(pool, &filtered, n, &mut v);
+        return v;
+    }
     let (filtered, proj) = (Mat::new(&filtered, n, d), Mat::new(proj, d, d));
     matmul(pool, filtered, proj, 1.0, false, MatMut::new(&mut v, n, d));
     v

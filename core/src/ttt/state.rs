@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use super::quantised::{first_rows, Terms, BLOCK_ROWS};
 use super::rule::{add_outer, add_scaled, distance, down, is_zero, target};
 use super::{TttConfig, TttError, TttLayer, TttMode};
-use crate::kernels::Pool;
+use crate::kernels::{PackedQ8, Pool, PANEL_ROWS};
 
 /// The trained down-projection that the sequences of a student begin with (d, f), and its norm, taken once.
 #[derive(Clone)]
@@ -12,6 +13,17 @@ pub struct StartWeight {
     w: Arc<Vec<f32>>,
     hidden_size: usize,
     norm: f64,
+    format: FastFormat,
+}
+
+/// In which numbers a weight that has learned is applied, and its updates are computed. Its sum is `f32` in any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FastFormat {
+    #[default]
+    F32,
+    /// As the matrices of students of 8 and 4 bits: the weight packed anew at each edge, and the operands of the outer products
+    /// quantised in blocks of 32 tokens.
+    Q8,
 }
 
 impl StartWeight {
@@ -29,11 +41,22 @@ impl StartWeight {
             w,
             hidden_size,
             norm,
+            format: FastFormat::F32,
         }
     }
 
+    /// The same, for sequences whose weights are to be kept in another format.
+    pub fn in_format(self, format: FastFormat) -> Self {
+        Self { format, ..self }
+    }
+
+    /// (d, f), row-major.
+    pub(super) fn weight(&self) -> &[f32] {
+        &self.w
+    }
+
     /// (d, f)
-    fn shape(&self) -> (usize, usize) {
+    pub(super) fn shape(&self) -> (usize, usize) {
         (self.hidden_size, self.w.len() / self.hidden_size)
     }
 }
@@ -60,13 +83,14 @@ pub struct Update {
     pub tripped: bool,
 }
 
-/// The state of one layer in one sequence. All of it is `f32`.
+/// The state of one layer in one sequence. All sums in it are `f32`.
 ///
 /// A clone is a snapshot, and putting it back restores it: matrices are shared until one of the two is written to. The sequence's keys
 /// and values must be saved, cut and dropped with it.
 ///
 /// Memory with d 576, f 1536, c 256: 3.5 MB once the first update is made, 2.2 MB for what waits, and another 3.5 MB while work is done
-/// ahead. Before the first update the weight is the student's own.
+/// ahead. Before the first update the weight is the student's own. In [`FastFormat::Q8`] there are 0.9 MB more for the weight in 8 bits and
+/// 1.1 MB for the rows of a chunk.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -90,6 +114,9 @@ pub struct FastWeight {
     rows_ahead: usize,
     /// The matrix that `ahead` took the place of, whose memory the next one may have: fresh pages cost more than the copy.
     spare: Option<Arc<Vec<f32>>>,
+    /// In [`FastFormat::Q8`]: `w` in 8 bits, once it has learned, and the terms of the coming one, of which `rows_ahead` rows are there.
+    packed: Option<Arc<PackedQ8>>,
+    terms: Option<Box<Terms>>,
     /// What waits, from the chunk's first token on: (n, f) and (n, d). Empty in a chunk that was entered without being read.
     z: Arc<Vec<f32>>,
     u: Arc<Vec<f32>>,
@@ -106,6 +133,8 @@ impl FastWeight {
             ahead: None,
             rows_ahead: 0,
             spare: None,
+            packed: None,
+            terms: None,
             z: Arc::default(),
             u: Arc::default(),
             position: 0,
@@ -121,6 +150,19 @@ impl FastWeight {
     /// Whether that is still the trained weight itself, so that the student's own product, packed or not, gives the plain model's numbers.
     pub fn is_start(&self) -> bool {
         Arc::ptr_eq(&self.w, &self.start.w)
+    }
+
+    /// `y = z Wᵀ`, with the weight in its format: z (t, f), y (t, d). The caller has a faster product for the trained one
+    /// ([`Self::is_start`]).
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn apply(&self, pool: Option<&Pool>, z: &[f32], y: &mut [f32]) {
+        let (d, f) = self.start.shape();
+        match &self.packed {
+            Some(packed) => packed.product(pool, z, z.len() / f, y),
+            None => down(pool, z, &self.w, (d, f), y),
+        }
     }
 
     /// Tokens read, whether learned from or not.
@@ -148,7 +190,9 @@ impl FastWeight {
         let own = if self.is_start() { 0 } else { self.w.len() };
         let more = [&self.ahead, &self.spare].into_iter().flatten();
         let more: usize = more.map(|w| w.len()).sum();
-        4 * (own + more + self.z.capacity() + self.u.capacity())
+        let packed = self.packed.as_ref().map_or(0, |w| w.bytes());
+        let terms = self.terms.as_ref().map_or(0, |terms| terms.bytes());
+        4 * (own + more + self.z.capacity() + self.u.capacity()) + packed + terms
     }
 
     /// Reads any number of tokens: each run up to an edge is answered, then learned from. Shapes: z (t, f), u (t, d), y (t, d), where u is
@@ -174,7 +218,7 @@ impl FastWeight {
         while from < t {
             let to = t.min(from + self.room(config));
             let (z, u) = (&z[from * f..to * f], &u[from * d..to * d]);
-            down(pool, z, &self.w, (d, f), &mut y[from * d..to * d]);
+            self.apply(pool, z, &mut y[from * d..to * d]);
             match self.absorb(pool, config, layer, z, u) {
                 Chunk::Learned(update) => updates.push(update),
                 Chunk::Waits => {}
@@ -247,9 +291,9 @@ impl FastWeight {
         }
     }
 
-    /// Adds the outer products of up to `max_rows` waiting tokens ahead of the edge, so that less is left to do there; returns how many.
-    /// A token's target is final once the filter's look-ahead has come. Only rounding depends on it. `lr` must then stay the same
-    /// until the edge.
+    /// Takes up to `max_rows` waiting tokens into the update ahead of the edge, so that less is left to do there; returns how many.
+    /// A token's target is final once the filter's look-ahead has come. Only rounding depends on it, and in [`FastFormat::Q8`] nothing,
+    /// where whole blocks of 32 are taken. `lr` must then stay the same until the edge.
     pub fn work_ahead(
         &mut self,
         pool: Option<&Pool>,
@@ -259,12 +303,26 @@ impl FastWeight {
     ) -> usize {
         let (d, f) = self.start.shape();
         let final_rows = self.waiting().saturating_sub(config.kernel_size / 2);
-        let rows = self.rows_ahead..final_rows.min(self.rows_ahead.saturating_add(max_rows));
+        let most = final_rows.min(self.rows_ahead.saturating_add(max_rows));
+        let most = match self.start.format {
+            FastFormat::F32 => most,
+            FastFormat::Q8 => most.min(first_rows(config.chunk_len)) / BLOCK_ROWS * BLOCK_ROWS,
+        };
+        let rows = self.rows_ahead..most;
         if rows.is_empty() || config.lr == 0.0 {
             return 0;
         }
         let v = target(pool, layer, &self.u, rows.clone(), d);
-        if !is_zero(&v) {
+        if self.start.format == FastFormat::Q8 {
+            let z = self.z.clone();
+            self.fill(
+                pool,
+                config,
+                rows.start,
+                &v,
+                &z[rows.start * f..rows.end * f],
+            );
+        } else if !is_zero(&v) {
             if let (None, Some(mut spare)) = (&self.ahead, self.spare.take()) {
                 if let Some(copy) = Arc::get_mut(&mut spare) {
                     copy.copy_from_slice(&self.w);
@@ -285,6 +343,29 @@ impl FastWeight {
         rows.len()
     }
 
+    /// In [`FastFormat::Q8`], brings a part of the coming weight to where the tokens that [`Self::work_ahead`] took in leave it, once all
+    /// it can take in are there: about a sixteenth of the weight at a call. Nothing depends on it but the time that is left to do.
+    pub fn sum_ahead(&mut self, pool: Option<&Pool>, config: &TttConfig) {
+        let first = first_rows(config.chunk_len);
+        if self.rows_ahead != first || first == 0 || config.lr == 0.0 {
+            return;
+        }
+        let shape = self.start.shape();
+        let Some(terms) = self.terms.as_deref_mut().filter(|terms| terms.any) else {
+            return;
+        };
+        let threads = pool.map_or(1, Pool::threads);
+        let turns = shape.0.div_ceil(PANEL_ROWS).div_ceil(16);
+        let panels = turns.next_multiple_of(threads);
+        let mut spare = || self.spare.take().filter(|w| Arc::strong_count(w) == 1);
+        // The first panels to be summed write over whatever the room holds.
+        let ahead = self
+            .ahead
+            .get_or_insert_with(|| spare().unwrap_or_else(|| Arc::new(vec![0.0; self.w.len()])));
+        let coming = Arc::make_mut(ahead).as_mut_slice();
+        terms.add_first(pool, shape, config.lr, (self.w.as_slice(), coming), panels);
+    }
+
     /// `W ← W − lr · dw`, with the gradient of a loss over the chunk that is just full, in [`TttMode::Gradient`]. Shape: dw (d, f).
     ///
     /// # Panics
@@ -302,14 +383,14 @@ impl FastWeight {
                 -config.lr,
                 Arc::make_mut(&mut self.w).as_mut_slice(),
             );
+            self.pack(pool);
         }
-        self.judge(pool, config)
+        self.judge(config, self.distance(pool))
     }
 
     /// Forgets what was summed ahead of the edge, so that another step size counts for the whole of the open chunk.
     pub fn begin_sum_anew(&mut self) {
-        self.ahead = None;
-        self.rows_ahead = 0;
+        self.forget_ahead();
     }
 
     /// Back to the trained weight, as at the start of an episode. The position stays, and so does the grid: the rest of an open chunk
@@ -317,6 +398,7 @@ impl FastWeight {
     pub fn reset(&mut self) {
         self.w = self.start.w.clone();
         self.spare = None;
+        self.packed = None;
         self.drift = 0.0;
         self.drop_waiting();
     }
@@ -343,8 +425,7 @@ impl FastWeight {
         }
         // Targets that looked at a token which is gone were not final after all.
         if self.rows_ahead + config.kernel_size / 2 > rows {
-            self.ahead = None;
-            self.rows_ahead = 0;
+            self.forget_ahead();
         }
         self.position = position;
         Ok(())
@@ -361,25 +442,93 @@ impl FastWeight {
     ) -> Update {
         let (d, f) = self.start.shape();
         let done = std::mem::take(&mut self.rows_ahead);
-        if let Some(w) = self.ahead.take() {
-            let before = std::mem::replace(&mut self.w, w);
-            self.spare = (!Arc::ptr_eq(&before, &self.start.w)).then_some(before);
+        let v = match config.lr {
+            0.0 => Vec::new(),
+            _ => target(pool, layer, u, done..config.chunk_len, d),
+        };
+        if self.start.format == FastFormat::Q8 && config.lr != 0.0 {
+            self.fill(pool, config, done, &v, &z[done * f..]);
+            let apart = self.finish(pool, config);
+            return self.judge(config, apart);
         }
-        let v = target(pool, layer, u, done..config.chunk_len, d);
+        if let Some(w) = self.ahead.take() {
+            self.replace(w);
+        }
         // An untrained filter leaves the weight the student's own, not a copy of it.
         if config.lr != 0.0 && !is_zero(&v) {
             let w = Arc::make_mut(&mut self.w);
             add_outer(pool, (&v, &z[done * f..]), config.lr, (d, f), w);
         }
-        self.judge(pool, config)
+        self.judge(config, self.distance(pool))
     }
 
-    /// Measures the drift after an update and begins again if it is too large.
-    fn judge(&mut self, pool: Option<&Pool>, config: &TttConfig) -> Update {
-        let drift = match self.is_start() {
-            true => 0.0,
-            false => (distance(pool, &self.w, &self.start.w) / self.start.norm) as f32,
+    /// Takes rows from row `from` of the chunk on into its terms.
+    fn fill(&mut self, pool: Option<&Pool>, config: &TttConfig, from: usize, v: &[f32], z: &[f32]) {
+        let shape = self.start.shape();
+        let new = || Box::new(Terms::new(shape, config.chunk_len));
+        let terms = self.terms.get_or_insert_with(new);
+        terms.any |= !is_zero(v);
+        terms.fill(pool, from, shape, v, z);
+    }
+
+    /// The update of a chunk whose terms are all there; returns the distance from the trained weight.
+    fn finish(&mut self, pool: Option<&Pool>, config: &TttConfig) -> f64 {
+        let Some(mut terms) = self.terms.take() else {
+            unreachable!("a chunk ends without its terms");
         };
+        if !terms.any {
+            // An untrained filter leaves the weight the student's own, not a copy of it.
+            terms.clear();
+            self.terms = Some(terms);
+            return self.distance(pool);
+        }
+        let mut packed = self.room_to_pack();
+        let room = Arc::make_mut(&mut packed);
+        let apart = match self.ahead.take() {
+            Some(mut coming) => {
+                let to = Arc::make_mut(&mut coming).as_mut_slice();
+                let apart = terms.finish(pool, &self.start, config.lr, (Some(self.w.as_slice()), to), room);
+                self.replace(coming);
+                apart
+            }
+            None => {
+                let to = Arc::make_mut(&mut self.w).as_mut_slice();
+                terms.finish(pool, &self.start, config.lr, (None, to), room)
+            }
+        };
+        self.packed = Some(packed);
+        self.terms = Some(terms);
+        apart
+    }
+
+    /// Puts the coming weight in the place of the present one, whose memory the next may have.
+    fn replace(&mut self, coming: Arc<Vec<f32>>) {
+        let before = std::mem::replace(&mut self.w, coming);
+        self.spare = (!Arc::ptr_eq(&before, &self.start.w)).then_some(before);
+    }
+
+    /// Packs the weight as it is, in formats that do.
+    fn pack(&mut self, pool: Option<&Pool>) {
+        if self.start.format == FastFormat::F32 || self.is_start() {
+            return;
+        }
+        let mut packed = self.room_to_pack();
+        let w = Arc::make_mut(&mut self.w).as_mut_slice();
+        Arc::make_mut(&mut packed).refill(pool, w, |_, _| 0.0);
+        self.packed = Some(packed);
+    }
+
+    fn distance(&self, pool: Option<&Pool>) -> f64 {
+        match self.is_start() {
+            true => 0.0,
+            false => distance(pool, &self.w, &self.start.w),
+        }
+    }
+
+    /// Notes the drift after an update and begins again if it is too large.
+    fn judge(&mut self, config: &TttConfig, apart: f64) -> Update {
+        let drift = (apart / self.start.norm) as f32;
+        let drift = if self.is_start() { 0.0 } else { drift };
         self.drift = drift;
         let tripped = !drift.is_finite() || config.max_drift.is_some_and(|cap| drift > cap);
         if tripped {
@@ -392,11 +541,109 @@ impl FastWeight {
         }
     }
 
+    /// A packed weight to write to: the last one, unless a snapshot still reads it.
+    fn room_to_pack(&mut self) -> Arc<PackedQ8> {
+        let (d, f) = self.start.shape();
+        let last = self.packed.take().filter(|w| Arc::strong_count(w) == 1);
+        last.unwrap_or_else(|| Arc::new(PackedQ8::like(&self.start.w, d, f)))
+    }
+
     fn drop_waiting(&mut self) {
         self.z = Arc::default();
         self.u = Arc::default();
+        self.forget_ahead();
+    }
+
+    fn forget_ahead(&mut self) {
         self.ahead = None;
         self.rows_ahead = 0;
+        if let Some(terms) = &mut self.terms {
+            terms.clear();
+        }
+    }
+
+    /// The sum of the updates that tokens read from here on will make, (d, f): z (n, f), u (n, d), of which the last chunk may stay open.
+    /// `None` where they change nothing. It does not depend on the weight, so whoever reads what follows can have it before these are
+    /// read; see [`Self::later`].
+    ///
+    /// # Panics
+    /// If the lengths do not fit, or in [`TttMode::Gradient`].
+    pub fn sum_of(
+        &self,
+        pool: Option<&Pool>,
+        config: &TttConfig,
+        layer: TttLayer,
+        z: &[f32],
+        u: &[f32],
+    ) -> Option<Vec<f32>> {
+        assert!(
+            config.mode == TttMode::InPlace,
+            "gradients depend on the weight"
+        );
+        let (d, f) = self.start.shape();
+        let (c, n) = (config.chunk_len, u.len() / d);
+        assert_eq!((z.len(), u.len()), (n * f, n * d), "(n, f) and (n, d)");
+        let mut sum: Option<Vec<f32>> = None;
+        let mut terms = None;
+        let mut from = 0;
+        let mut to = self.room(config);
+        while to <= n && config.lr != 0.0 {
+            let (mut z, mut u) = (&z[from * f..to * f], &u[from * d..to * d]);
+            let waiting;
+            if from == 0 && self.waiting() > 0 {
+                waiting = ([&self.z[..], z].concat(), [&self.u[..], u].concat());
+                (z, u) = (&waiting.0[..], &waiting.1[..]);
+            }
+            let v = match u.len() == c * d {
+                true => target(pool, layer, u, 0..c, d),
+                // The chunk was entered without being read.
+                false => Vec::new(),
+            };
+            if !is_zero(&v) {
+                let sum = sum.get_or_insert_with(|| vec![0.0; d * f]);
+                match self.start.format {
+                    FastFormat::F32 => add_outer(pool, (&v, z), config.lr, (d, f), sum),
+                    FastFormat::Q8 => {
+                        let terms = terms.get_or_insert_with(|| Terms::new((d, f), c));
+                        terms.fill(pool, 0, (d, f), &v, z);
+                        terms.add_all(pool, (d, f), config.lr, sum);
+                    }
+                }
+            }
+            (from, to) = (to, to + c);
+        }
+        sum
+    }
+
+    /// The state `tokens` tokens on, at an edge, after updates that sum to `sums` ([`Self::sum_of`]). Only rounding tells it from the state
+    /// of who read them, unless one of the updates was past the cap.
+    ///
+    /// # Panics
+    /// If that is no edge, or a sum has another shape.
+    pub fn later(
+        &self,
+        pool: Option<&Pool>,
+        config: &TttConfig,
+        tokens: usize,
+        sums: &[Arc<Vec<f32>>],
+    ) -> Self {
+        let mut later = Self::new(&self.start);
+        later.position = self.position + tokens;
+        assert!(
+            later.position.is_multiple_of(config.chunk_len),
+            "a state is handed on at an edge"
+        );
+        later.w = self.w.clone();
+        later.packed = self.packed.clone();
+        later.drift = self.drift;
+        for sum in sums {
+            add_scaled(pool, sum, 1.0, Arc::make_mut(&mut later.w).as_mut_slice());
+        }
+        if !sums.is_empty() {
+            later.pack(pool);
+            later.drift = (later.distance(pool) / self.start.norm) as f32;
+        }
+        later
     }
 }
 

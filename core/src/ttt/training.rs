@@ -99,7 +99,7 @@ pub fn backward(
             matmul(pool, Mat::new(z, n, f), g.t(), config.lr, false, to_dv);
             if let Some(proj) = layer.proj {
                 if let Some(dproj) = dproj.as_deref_mut() {
-                    let filtered = filter(layer.conv, u, 0..n, d);
+                    let filtered = filter(pool, layer.conv, u, 0..n, d);
                     let filtered = Mat::new(&filtered, n, d).t();
                     let dproj = MatMut::new(dproj, d, d);
                     matmul(pool, filtered, Mat::new(&dv, n, d), 1.0, true, dproj);

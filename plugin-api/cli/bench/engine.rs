@@ -102,14 +102,14 @@ fn measure(args: &Args, model: &Model, format: WeightFormat, what: What, pool: &
     let mut extra = json!({});
     let (name, tokens, seconds, steps) = match what {
         What::Decode => {
-            let tokens = args.tokens.unwrap_or(128).clamp(1, room - 32);
+            let tokens = args.tokens().unwrap_or(128).clamp(1, room - 32);
             let prompt: Vec<u32> = (0..32).map(token).collect();
             let timed = timed_decode(args.runs, pool, model, &[prompt], tokens);
             let seconds = sorted(timed.iter().map(|t| t.write));
             (format!("decode {tokens}"), tokens, seconds, Some(tokens))
         }
         What::Batch => {
-            let tokens = args.tokens.unwrap_or(64).clamp(1, room - BATCH_PROMPT);
+            let tokens = args.tokens().unwrap_or(64).clamp(1, room - BATCH_PROMPT);
             let prompts: Vec<Vec<u32>> = (0..SEQUENCES)
                 .map(|s| (0..BATCH_PROMPT).map(|i| token(i + 1000 * s)).collect())
                 .collect();
@@ -126,7 +126,7 @@ fn measure(args: &Args, model: &Model, format: WeightFormat, what: What, pool: &
             )
         }
         _ => {
-            let tokens = args.tokens.unwrap_or(512).clamp(1, room);
+            let tokens = args.tokens().unwrap_or(512).clamp(1, room);
             let prompt: Vec<u32> = (0..tokens).map(token).collect();
             let seconds = timed(args.runs, || {
                 let mut sequence = Sequence::new(&model.config, tokens);

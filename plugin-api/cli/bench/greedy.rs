@@ -20,7 +20,7 @@ const REPLY: usize = 125;
 pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let Loaded { model, name, .. } = args.load(place)?;
     let pool = args.pool();
-    let tokens = args.tokens.unwrap_or(TOKENS);
+    let tokens = args.tokens().unwrap_or(TOKENS);
     let mut table = Table::new(&[
         "weights",
         ">tokens",

@@ -4,11 +4,14 @@ mod answer;
 mod desk;
 mod engine;
 mod greedy;
+mod learner;
 mod limits;
 mod quality;
 mod serve;
+mod split;
 mod step;
 mod train;
+mod ttt;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -43,9 +46,9 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Tokens of a prompt, or of an answer; for `quality` the number of recorded steps,
-    /// for `greedy` the tokens compared
-    #[arg(long)]
-    tokens: Option<usize>,
+    /// for `greedy` the tokens compared; `split` takes several, separated by commas
+    #[arg(long, value_delimiter = ',')]
+    tokens: Vec<usize>,
     /// Times to measure; one more goes before them
     #[arg(long, default_value_t = 5)]
     runs: usize,
@@ -96,6 +99,10 @@ enum What {
     Quality,
     /// Whether the tokens that fast kernels choose are those of the plain forward pass on the same weights
     Greedy,
+    /// What learning while reading costs: on and off in turn, in prefill, per token, and at the edges of chunks
+    Ttt,
+    /// A prompt read by several workers, beside the ordinary way with as many threads; without and with learning
+    Split,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
@@ -133,6 +140,8 @@ pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
         Some(What::Answer) => answer::run(&args, place, out),
         Some(What::Quality) => quality::run(&args, place, out),
         Some(What::Greedy) => greedy::run(&args, place, out),
+        Some(What::Ttt) => ttt::run(&args, place, out),
+        Some(What::Split) => split::run(&args, place, out),
         Some(What::Train) => train::run(&args, place, out),
         _ => engine::run(&args, place, out),
     }
@@ -152,7 +161,11 @@ impl Args {
     }
 
     fn reply_tokens(&self) -> u32 {
-        self.tokens.unwrap_or(64).min(4096) as u32
+        self.tokens().unwrap_or(64).min(4096) as u32
+    }
+
+    fn tokens(&self) -> Option<usize> {
+        self.tokens.first().copied()
     }
 
     fn formats(&self, otherwise: &[Weights]) -> Vec<WeightFormat> {

@@ -34,7 +34,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let episodes: Vec<Episode> = store.load(&query)?;
     let curated = curate(episodes, policy.as_ref(), &settings.curate);
     let data = dataset::build(&curated, &chat, &view.unwrap_or_else(|| policy.view()));
-    let steps = args.tokens.unwrap_or(STEPS);
+    let steps = args.tokens().unwrap_or(STEPS);
     let picked: Vec<&dataset::Sample> = data
         .held_out
         .iter()

@@ -29,7 +29,7 @@ const HOST_PAUSE: Duration = Duration::from_millis(100);
 const START: Duration = Duration::from_secs(300);
 
 pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
-    let steps = args.tokens.unwrap_or(STEPS).max(1);
+    let steps = args.tokens().unwrap_or(STEPS).max(1);
     let desk = Desk::open(args, place, REPLY)?;
     for customer in 0..EPISODES {
         desk.teach(customer)?;

@@ -14,7 +14,7 @@ use crate::Place;
 const TURNS: usize = 20;
 
 pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
-    let desk = Desk::open(args, place, args.tokens.unwrap_or(32).min(4096) as u32)?;
+    let desk = Desk::open(args, place, args.tokens().unwrap_or(32).min(4096) as u32)?;
     let mut episodes = Vec::new();
     for run in 0..=args.runs.max(1) {
         let mut visit = desk.visit(run)?;

@@ -40,7 +40,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let Loaded { model, name, .. } = args.load(place)?;
     let pool = args.pool();
     let tokens = args
-        .tokens
+        .tokens()
         .unwrap_or(TOKENS)
         .clamp(2, model.max_positions());
     let vocab = model.config.vocab_size as u64;

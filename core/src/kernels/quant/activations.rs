@@ -17,6 +17,16 @@ pub(super) struct Block {
     pub start: i32,
 }
 
+impl Block {
+    /// A block of zeros.
+    pub const ZERO: Self = Self {
+        codes: [[0; 4]; BLOCK / 4],
+        scale: 0.0,
+        sum: 0.0,
+        start: MAGIC.to_bits() as i32,
+    };
+}
+
 /// A block whose largest element is smaller than this counts as zero: 127 over it must be finite.
 const SMALLEST: f32 = 1e-30;
 /// Elements below which quantising is not worth a second thread.
@@ -94,10 +104,8 @@ fn quantise_block(x: &[f32; BLOCK], out: &mut Block) {
     let largest = f32::from_bits(top);
     if !largest.is_finite() || largest < SMALLEST {
         *out = Block {
-            codes: Default::default(),
             scale: if largest.is_finite() { 0.0 } else { f32::NAN },
-            sum: 0.0,
-            start: MAGIC.to_bits() as i32,
+            ..Block::ZERO
         };
         return;
     }

@@ -10,6 +10,7 @@ mod activations;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod outer;
 mod pack;
 mod scalar;
 #[cfg(test)]
@@ -21,6 +22,8 @@ use super::simd::features;
 use activations::Block;
 use half::f16;
 use std::cell::RefCell;
+
+pub use outer::{OuterQ8, PANEL_ROWS};
 
 /// Weights that share a scale, along k.
 pub const BLOCK: usize = 32;
@@ -57,7 +60,7 @@ type Kernel<const BITS: usize> =
     unsafe fn(&Packed<BITS>, usize, usize, &[Block], usize, usize, &mut Tile);
 
 /// A weight of `BITS` bits an element, 8 or 4: see [`PackedQ8`] and [`PackedQ4`].
-#[derive(PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Packed<const BITS: usize> {
     n: usize,
     k: usize,

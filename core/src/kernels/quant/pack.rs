@@ -29,11 +29,7 @@ impl<const BITS: usize> Packed<BITS> {
             codes: Vec::new(),
             scales: Vec::new(),
         };
-        // Rows that fill up the last panel have scale 0, and so have blocks of zeros.
-        let codes = packed.panels() * blocks * Self::LINES;
-        packed.codes = vec![CodeLine([0; 64]); codes];
-        let scales = packed.panels() * packed.scales_a_panel() / 32;
-        packed.scales = vec![ScaleLine([f16::ZERO; 32]); scales];
+        packed.make_room();
         let mut block = [0f32; BLOCK];
         for (row, w) in w.chunks_exact(k.max(1)).enumerate() {
             for (b, w) in w.chunks(BLOCK).enumerate() {
@@ -47,6 +43,19 @@ impl<const BITS: usize> Packed<BITS> {
             }
         }
         packed
+    }
+
+    /// Codes and scales of zeros. Rows that fill up the last panel keep their scale of 0, and so do blocks of zeros.
+    pub(super) fn make_room(&mut self) {
+        let codes = self.panels() * self.blocks * Self::LINES;
+        self.codes = vec![CodeLine([0; 64]); codes];
+        let scales = self.panels() * self.scales_a_panel() / 32;
+        self.scales = vec![ScaleLine([f16::ZERO; 32]); scales];
+    }
+
+    /// The power of two in which scales of a weight like this are counted.
+    pub(super) fn unit_of(w: &[f32]) -> f32 {
+        unit(w)
     }
 
     /// Rows of the weight, which are columns of the product.
@@ -161,6 +170,12 @@ fn unit(w: &[f32]) -> f32 {
 
 /// Codes, scale and minimum of a block.
 type Quantised = ([u8; BLOCK], f16, f16);
+
+/// Codes and scale of a block of 8 bits.
+pub(super) fn quantise_whole(w: &[f32; BLOCK]) -> ([u8; BLOCK], f16) {
+    let (codes, scale, _) = quantise::<8>(w);
+    (codes, scale)
+}
 
 /// [`quantise_4`] or [`quantise_8`], compiled with wider registers where there are some.
 fn quantise<const BITS: usize>(w: &[f32; BLOCK]) -> Quantised {
