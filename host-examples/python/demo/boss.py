@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = p.parse_args(arguments)
     world, seed, kept, steps = World(LEVEL), options.first_seed, 0, 0
     try:
-        with Locum(options.store, policy=HERE / "boss.lua", learn=False, load_model=False) as store:
+        with Locum(options.store, learn=False, load_model=False) as store:
             while kept < options.episodes:
                 played = episode(world, seed)
                 if played is not None:
