@@ -171,6 +171,9 @@ fn detail(status: &JobStatus) -> String {
             status.tokens_done, status.tokens_total
         ));
     }
+    if status.held_seconds >= 1.0 {
+        parts.push(format!("held back for {:.0} s", status.held_seconds));
+    }
     if status.tokens_shared > 0 {
         parts.push(format!("{} of them shared", status.tokens_shared));
     }

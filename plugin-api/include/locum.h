@@ -496,6 +496,7 @@ LOCUM_API int32_t locum_distil_start(locum handle, const char *options_json, siz
  *                        shadow|canary|                                 on trial in live episodes
  *                        promoted|held|stored|cancelled|failed",        ended
  *      "progress":0.42, "tokens_done":.., "tokens_total":.., "loss":.., "held_out_loss":.., "seconds_left":..,
+ *      "held_seconds":..,    of waiting while steps were decided, or paused; not in "seconds"
  *      "tokens_shared":..,   of those done, what was computed once for several samples of a step that begin alike
  *      "student":"..", "version":.., "message":".."}                                    and more; null where nothing is known
  * LOCUM_E_NOT_FOUND: there is no such job.                                                                            */

@@ -59,6 +59,8 @@ fn a_paused_job_stands_still_and_a_resumed_one_goes_on() {
 
     locum.distil_resume(job).unwrap();
     until("the training goes on", || tokens() > paused.tokens_done);
+    let resumed = locum.distil_status(job).unwrap();
+    assert!(resumed.held_seconds >= 0.3, "{resumed:?}");
     // A paused job can be cancelled, and a close does not wait for one.
     locum.distil_pause(job).unwrap();
     locum.distil_cancel(job).unwrap();

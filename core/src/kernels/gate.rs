@@ -1,22 +1,30 @@
 //! A gate in the way of background work: closed while something more urgent wants the cores.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 /// Open unless somebody holds it closed. A [`Pool`](super::Pool) made with one waits at it before each part of a loop.
 #[derive(Default)]
 pub struct Gate {
     holds: AtomicUsize,
-    lock: Mutex<()>,
+    closed: Mutex<Closed>,
     opened: Condvar,
-    waited_us: AtomicU64,
+}
+
+/// How long it has been closed.
+#[derive(Default)]
+struct Closed {
+    since: Option<Instant>,
+    before: Duration,
 }
 
 impl Gate {
     /// Closes the gate until the hold, and every other one, is dropped.
     pub fn hold(self: &Arc<Self>) -> Hold {
-        self.holds.fetch_add(1, Ordering::SeqCst);
+        if self.holds.fetch_add(1, Ordering::SeqCst) == 0 {
+            self.lock().since.get_or_insert_with(Instant::now);
+        }
         Hold(self.clone())
     }
 
@@ -35,19 +43,20 @@ impl Gate {
 
     #[cold]
     fn wait(&self) {
-        let began = Instant::now();
-        let mut lock = self.lock.lock().unwrap_or_else(|e| e.into_inner());
+        let mut closed = self.lock();
         while self.is_closed() {
-            lock = self.opened.wait(lock).unwrap_or_else(|e| e.into_inner());
+            closed = self.opened.wait(closed).unwrap_or_else(|e| e.into_inner());
         }
-        drop(lock);
-        let us = began.elapsed().as_micros() as u64;
-        self.waited_us.fetch_add(us, Ordering::Relaxed);
     }
 
-    /// Seconds that threads have waited here, all together.
-    pub fn waited_seconds(&self) -> f64 {
-        self.waited_us.load(Ordering::Relaxed) as f64 / 1e6
+    /// For how long it has been closed, all in all.
+    pub fn closed_for(&self) -> Duration {
+        let closed = self.lock();
+        closed.before + closed.since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Closed> {
+        self.closed.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -58,7 +67,12 @@ impl Drop for Hold {
     fn drop(&mut self) {
         if self.0.holds.fetch_sub(1, Ordering::SeqCst) == 1 {
             // Under the lock, or a thread that has just seen the gate closed would sleep through this.
-            let _lock = self.0.lock.lock().unwrap_or_else(|e| e.into_inner());
+            let mut closed = self.0.lock();
+            // Another hold may have come meanwhile; then it has never been open.
+            if !self.0.is_closed() {
+                let since = closed.since.take();
+                closed.before += since.map_or(Duration::ZERO, |since| since.elapsed());
+            }
             self.0.opened.notify_all();
         }
     }
@@ -68,7 +82,6 @@ impl Drop for Hold {
 mod tests {
     use super::super::Pool;
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn a_gated_pool_stops_between_parts_and_goes_on_when_the_last_hold_is_gone() {
@@ -102,7 +115,10 @@ mod tests {
         drop(hold);
         work.join().unwrap();
         assert_eq!(done.load(Ordering::SeqCst), 200);
-        assert!(gate.waited_seconds() > 0.0);
+        let closed = gate.closed_for();
+        assert!(closed >= Duration::from_millis(90), "{closed:?}");
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(gate.closed_for(), closed, "open, it counts nothing");
     }
 
     #[test]

@@ -112,6 +112,12 @@ impl Pool {
         Self::build(threads, nice, Some(gate))
     }
 
+    /// For how long the pool's gate has been closed, all in all; zero without one.
+    pub fn held_for(&self) -> Duration {
+        let gate = self.shared.gate.as_ref();
+        gate.map_or(Duration::ZERO, |gate| gate.closed_for())
+    }
+
     fn build(threads: usize, nice: i32, gate: Option<Arc<Gate>>) -> Self {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {

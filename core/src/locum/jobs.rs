@@ -588,6 +588,7 @@ fn show(status: &mut JobStatus, stage: &Stage) -> JobState {
             status.tokens_done = progress.tokens;
             status.tokens_total = progress.tokens_total;
             status.tokens_shared = progress.tokens_shared;
+            status.held_seconds = progress.held_seconds;
             // Evaluation is the last tenth.
             let by_time = progress.seconds / (progress.seconds + progress.seconds_left).max(1e-9);
             status.progress = 0.9 * by_time.min(1.0);

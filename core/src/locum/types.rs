@@ -282,6 +282,8 @@ pub struct JobStatus {
     pub progress: f64,
     pub tokens_done: u64,
     pub tokens_total: u64,
+    /// Seconds of training in which it waited, because a step was decided or because it was paused; not in `seconds`.
+    pub held_seconds: f64,
     /// Of `tokens_done`, those that were not computed because another sample of their step begins with them too.
     pub tokens_shared: u64,
     pub loss: Option<f64>,

@@ -65,7 +65,10 @@ pub struct Progress {
     pub tokens_total: u64,
     /// Tokens of those that were not computed, because another sample of their step begins with them too.
     pub tokens_shared: u64,
+    /// Those in which it could compute.
     pub seconds: f64,
+    /// Those in which it waited because a step was decided, or because somebody paused it.
+    pub held_seconds: f64,
     pub loss: f64,
     pub held_out_loss: Option<f64>,
     /// Estimate from the speed of the last quarter of the steps so far.
@@ -118,6 +121,8 @@ pub(super) struct State {
     /// Batches of the epoch already done.
     pub batch: usize,
     pub seconds: f64,
+    #[serde(default)]
+    pub held_seconds: f64,
     pub curve: Vec<CurvePoint>,
     pub since: Since,
     pub best: Option<f64>,
@@ -285,8 +290,8 @@ pub fn fit(
         warmup_steps: plan.warmup_steps,
         floor: 0.05,
     };
-    let started = Instant::now();
-    let before = state.seconds;
+    let (started, held) = (Instant::now(), pool.held_for());
+    let (before, held_before) = (state.seconds, state.held_seconds);
     let mut last_checkpoint = Instant::now();
     let mut speed = Speed::default();
     let mut stopped = None;
@@ -348,7 +353,10 @@ pub fn fit(
             state.batch += 1;
             state.tokens += outcome.tokens;
             state.tokens_shared += outcome.shared;
-            state.seconds = before + started.elapsed().as_secs_f64();
+            // Time in which it was not let compute is no time of its own: neither its speed nor its limit knows of it.
+            let held = (pool.held_for() - held).as_secs_f64();
+            state.held_seconds = held_before + held;
+            state.seconds = before + (started.elapsed().as_secs_f64() - held).max(0.0);
             speed.push(state.seconds, state.tokens);
             let progress = Progress {
                 step: state.step,
@@ -356,6 +364,7 @@ pub fn fit(
                 tokens_total: plan.tokens,
                 tokens_shared: state.tokens_shared,
                 seconds: state.seconds,
+                held_seconds: state.held_seconds,
                 loss: outcome.loss / outcome.weight.max(1e-9),
                 held_out_loss: state.curve.last().and_then(|p| p.held_out_loss),
                 seconds_left: {

@@ -165,6 +165,7 @@ class JobStatus:
     progress: float | None = None  # 0 to 1
     tokens_done: int | None = None
     tokens_total: int | None = None
+    held_seconds: float | None = None  # of waiting while steps were decided, or paused
     tokens_shared: int | None = None  # of those done, not computed: another sample of their step begins with them too
     loss: float | None = None
     held_out_loss: float | None = None
