@@ -153,6 +153,18 @@ fn the_rule_switches_off_scales_and_resets() {
     assert!((reply.mean_logprob - plain.mean_logprob).abs() < 1e-5);
     assert!(seen.iter().all(|s| s.drift == 0.0));
 
+    // What a rule has switched off goes on where a later step of the episode has none.
+    let one = engine();
+    let ruled_off = Job {
+        fast_rule: Some(Arc::new(off)),
+        ..job(&student, 1, STORY)
+    };
+    ask(&one, ruled_off).unwrap();
+    assert_eq!(one.fast_weights(1, FastOp::Inspect).unwrap().drift, 0.0);
+    let longer = format!("{STORY}. and then it goes home, and reads about what it has seen");
+    ask(&one, job(&student, 1, &longer)).unwrap();
+    assert!(one.fast_weights(1, FastOp::Inspect).unwrap().drift > 0.0);
+
     let from = |at: usize, order: FastOrder| {
         ruled(&student, move |seen| match seen.position >= at {
             true => order,

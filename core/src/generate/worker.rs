@@ -4,7 +4,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::fast::{self, FastOp, FastReport, Snapshots};
+use super::fast::{self, FastOp, FastOrder, FastReport, Snapshots};
 use super::prefix::Prefixes;
 use super::sampler;
 use super::scheduler::{self, Slot, MAX_PREFILL_ROWS};
@@ -208,24 +208,21 @@ impl Active {
         None
     }
 
-    /// Has the job's rule say how the sequence goes on learning.
+    /// Has the job's rule say how the sequence goes on learning; without one it goes on as it was trained to, whatever a rule of an
+    /// earlier step has said.
     fn ask_rule(&mut self, behind_chunk: bool) {
-        let (Some(rule), Some(sequence)) = (&self.job.fast_rule, &mut self.sequence) else {
+        let Some(sequence) = &mut self.sequence else {
             return;
         };
+        let trained = self.job.student.model.config.ttt.as_ref();
         let fast = &mut sequence.fast;
-        let Some(trained) = self
-            .job
-            .student
-            .model
-            .config
-            .ttt
-            .as_ref()
-            .filter(|_| fast.is_on())
-        else {
+        let Some(trained) = trained.filter(|_| fast.is_on()) else {
             return;
         };
-        let order = rule(&fast::seen(fast, sequence.ids.len(), behind_chunk));
+        let order = match &self.job.fast_rule {
+            Some(rule) => rule(&fast::seen(fast, sequence.ids.len(), behind_chunk)),
+            None => FastOrder::default(),
+        };
         if order.reset {
             fast.reset();
         }
