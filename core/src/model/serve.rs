@@ -13,8 +13,8 @@ use super::params::LayerParam::{self, *};
 use super::split::Link;
 use super::{FastWeights, KvCache, Model, ModelError, ParamId, Sequence};
 use crate::kernels::{
-    add, add_in_place, attention, attention_of_rows, rms_norm, rope, swiglu_in_place, Pool, SharedMut,
-    Span,
+    add, add_in_place, attention, attention_of_rows, rms_norm, rope, swiglu_in_place, Pool,
+    SharedMut, Span,
 };
 use crate::ttt::{Chunk, FastWeight, StartWeight, TttLayer, TttTarget};
 

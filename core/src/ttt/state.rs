@@ -482,7 +482,13 @@ impl FastWeight {
         let apart = match self.ahead.take() {
             Some(mut coming) => {
                 let to = Arc::make_mut(&mut coming).as_mut_slice();
-                let apart = terms.finish(pool, &self.start, config.lr, (Some(self.w.as_slice()), to), room);
+                let apart = terms.finish(
+                    pool,
+                    &self.start,
+                    config.lr,
+                    (Some(self.w.as_slice()), to),
+                    room,
+                );
                 self.replace(coming);
                 apart
             }

@@ -142,7 +142,9 @@ fn ttt_reference_inside_the_layers() {
             padded.resize(37usize.next_multiple_of(c) * d, 0.0);
             let filtered: Vec<f32> = padded
                 .chunks_exact(c * d)
-                .flat_map(|u| super::super::rule::filter(None, &case.decoder.weights[&conv], u, 0..c, d))
+                .flat_map(|u| {
+                    super::super::rule::filter(None, &case.decoder.weights[&conv], u, 0..c, d)
+                })
                 .collect();
             case.close(
                 &name("conv_out"),
