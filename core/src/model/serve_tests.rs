@@ -162,9 +162,15 @@ fn a_quantised_student_that_has_learned_is_off_by_the_rounding_of_its_format() {
         let rows: Vec<usize> = (32..ids.len()).collect();
         (model.logits(&pool, &hidden, &rows), sequence.fast.drift())
     };
-    for (format, most) in [(WeightFormat::Q8, 0.03), (WeightFormat::Q4, 0.03)] {
+    for (format, most) in [(WeightFormat::Q8, 0.03), (WeightFormat::Q4, 0.06)] {
         let packed = plain.clone().packed(format);
-        let exact = packed.unpacked();
+        let mut exact = packed.unpacked();
+        // What is learned is added to the trained numbers, not to their rounding.
+        for layer in [0, 1] {
+            let id = ParamId::Layer(layer, LayerParam::Down);
+            let trained = plain.weights.params[&id].clone();
+            exact.weights.params.insert(id, trained);
+        }
         let error = |learning: bool| {
             let ((got, _), (want, drift)) = (logits(&packed, learning), logits(&exact, learning));
             assert_eq!(drift > 0.02 && drift < 0.2, learning, "{drift}");

@@ -1,6 +1,7 @@
 //! The product in registers of 512 bits: sixteen columns each, four k an instruction.
 
-use super::{Block, Packed, Tile, BLOCK, MAGIC, PANEL};
+use super::{Block, CodeLine, Packed, Tile, BLOCK, MAGIC, PANEL};
+use half::f16;
 use std::arch::x86_64::*;
 
 /// How many cache lines of codes before their use a few rows' weights are asked for. Without it decode ran at 75 to 85 % of the speed of
@@ -149,6 +150,81 @@ unsafe fn dot_group<const R: usize, const P: usize>(
         };
         for (sum, bytes) in ints.iter_mut().zip(bytes) {
             *sum = _mm512_dpbusd_epi32(*sum, *bytes, four);
+        }
+    }
+}
+
+/// Packs the sixteen rows of a panel, w (16, k) times `factor`, to 8 bits: what [`super::pack`] makes of them block by block, bit for bit.
+///
+/// # Safety
+/// The processor has AVX-512 F.
+///
+/// # Panics
+/// If k is not whole blocks, or a length does not fit.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn pack_panel(
+    w: &[f32],
+    k: usize,
+    factor: f32,
+    codes: &mut [CodeLine],
+    scales: &mut [f16],
+) {
+    let blocks = k / BLOCK;
+    assert!(
+        k.is_multiple_of(BLOCK) && w.len() == PANEL * k,
+        "whole blocks of a whole panel"
+    );
+    assert!(codes.len() >= blocks * (BLOCK / 4) && scales.len() >= blocks * PANEL);
+    let factor = _mm512_set1_ps(factor);
+    let no_sign = _mm512_set1_epi32(i32::MAX);
+    let (low, high) = (_mm512_set1_ps(-127.0), _mm512_set1_ps(127.0));
+    let column = _mm512_setr_epi32(
+        0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120,
+    );
+    for b in 0..blocks {
+        // SAFETY: row c of block b is 32 numbers inside `w`, and the block's lines and scales are there, by the assertions above.
+        unsafe {
+            let row = |c: usize| {
+                let at = w.as_ptr().add(c * k + b * BLOCK);
+                [at, at.add(16)].map(|at| _mm512_mul_ps(_mm512_loadu_ps(at), factor))
+            };
+            let mut tops = [0i32; PANEL];
+            for (c, top) in tops.iter_mut().enumerate() {
+                // Without their signs floats are ordered as their bits are, infinities and NaN at the top.
+                let [a, b] = row(c).map(|x| _mm512_and_si512(_mm512_castps_si512(x), no_sign));
+                *top = _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+            }
+            let tops = _mm512_loadu_si512(tops.as_ptr().cast());
+            let infinity = _mm512_set1_epi32(f32::INFINITY.to_bits() as i32);
+            let finite = _mm512_cmplt_epi32_mask(tops, infinity);
+            let scale = _mm512_div_ps(_mm512_castsi512_ps(tops), high);
+            let scale = _mm512_mask_blend_ps(finite, _mm512_set1_ps(f32::NAN), scale);
+            let halves =
+                _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(scale);
+            _mm256_storeu_si256(scales.as_mut_ptr().add(b * PANEL).cast(), halves);
+            let scale = _mm512_cvtph_ps(halves);
+            let some = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(scale, _mm512_setzero_ps());
+            let inverses = _mm512_maskz_div_ps(some, _mm512_set1_ps(1.0), scale);
+            let mut inverse = [0f32; PANEL];
+            _mm512_storeu_ps(inverse.as_mut_ptr(), inverses);
+            // (16 rows, 8 words)
+            let mut words = [0u32; PANEL * BLOCK / 4];
+            for (c, inverse) in inverse.iter().enumerate() {
+                for (half, x) in row(c).into_iter().enumerate() {
+                    let x = _mm512_mul_ps(x, _mm512_set1_ps(*inverse));
+                    let x = _mm512_min_ps(_mm512_max_ps(x, low), high);
+                    let x = _mm512_cvt_roundps_epi32::<
+                        { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
+                    >(x);
+                    let bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(x), _mm_set1_epi8(-128));
+                    _mm_storeu_si128(words.as_mut_ptr().add(8 * c + 4 * half).cast(), bytes);
+                }
+            }
+            for g in 0..BLOCK / 4 {
+                let at = words.as_ptr().add(g).cast();
+                let line = _mm512_i32gather_epi32::<4>(column, at);
+                _mm512_store_si512(codes.as_mut_ptr().add(b * (BLOCK / 4) + g).cast(), line);
+            }
         }
     }
 }

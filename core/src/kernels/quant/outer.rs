@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{features, Block, PackedQ8, QuantPath, ScaleLine, Tile};
+use super::{features, Block, CodeLine, PackedQ8, QuantPath, ScaleLine, Tile};
 use super::{BLOCK, MAGIC, MAX_PANELS, MAX_ROWS, PANEL};
 use crate::kernels::lanes::{on_lanes, Lanes, OnLanes, LANES};
 use crate::kernels::pool::{Pool, SharedMut};
@@ -378,27 +378,42 @@ impl PackedQ8 {
                 )
             };
             result[0] = change(rows, w);
-            let mut block = [0f32; BLOCK];
-            for (c, row) in w.chunks_exact(k).enumerate() {
-                for (b, w) in row.chunks(BLOCK).enumerate() {
-                    for (to, from) in block.iter_mut().zip(w) {
-                        *to = from * inverse;
-                    }
-                    block[w.len()..].fill(w[0] * inverse);
-                    let (four, scale) = super::pack::quantise_whole(&block);
-                    let lines = &mut codes[b * Self::LINES..(b + 1) * Self::LINES];
-                    for (line, four) in lines.iter_mut().zip(four.as_chunks::<4>().0) {
-                        line.0[4 * c..4 * c + 4].copy_from_slice(four);
-                    }
-                    scales[b * PANEL + c] = scale;
-                }
-            }
+            pack_panel(w, k, inverse, codes, scales);
         };
         match pool {
             Some(pool) if panels > 1 => pool.run(panels, run),
             _ => (0..panels).for_each(run),
         }
         sums.iter().sum()
+    }
+}
+
+/// Packs the rows of a panel, w (at most 16, k) times `factor`.
+fn pack_panel(w: &[f32], k: usize, factor: f32, codes: &mut [CodeLine], scales: &mut [f16]) {
+    #[cfg(target_arch = "x86_64")]
+    if features().avx512 && w.len() == PANEL * k && k.is_multiple_of(BLOCK) {
+        // SAFETY: the feature was detected.
+        return unsafe { super::avx512::pack_panel(w, k, factor, codes, scales) };
+    }
+    pack_rows(w, k, factor, codes, scales);
+}
+
+/// [`pack_panel`], block by block.
+fn pack_rows(w: &[f32], k: usize, factor: f32, codes: &mut [CodeLine], scales: &mut [f16]) {
+    let mut block = [0f32; BLOCK];
+    for (c, row) in w.chunks_exact(k.max(1)).enumerate() {
+        for (b, w) in row.chunks(BLOCK).enumerate() {
+            for (to, from) in block.iter_mut().zip(w) {
+                *to = from * factor;
+            }
+            block[w.len()..].fill(w[0] * factor);
+            let (four, scale) = super::pack::quantise_whole(&block);
+            let lines = &mut codes[b * PackedQ8::LINES..(b + 1) * PackedQ8::LINES];
+            for (line, four) in lines.iter_mut().zip(four.as_chunks::<4>().0) {
+                line.0[4 * c..4 * c + 4].copy_from_slice(four);
+            }
+            scales[b * PANEL + c] = scale;
+        }
     }
 }
 
@@ -504,6 +519,42 @@ mod tests {
             0.0
         });
         assert_eq!(packed.unpack(), PackedQ8::new(&a, d, f).unpack());
+    }
+
+    #[test]
+    fn a_panel_packed_in_wide_registers_has_the_bits_of_one_packed_block_by_block() {
+        let k = 5 * BLOCK;
+        for (seed, size, bad) in [
+            (1, 1.0, 1.0),
+            (2, 1e-9, 0.0),
+            (3, 3e4, f32::NAN),
+            (4, 1e3, f32::NEG_INFINITY),
+        ] {
+            let mut w = normal(PANEL * k, seed, size);
+            w[3 * k..3 * k + BLOCK].fill(0.0);
+            w[5 * k + 40] = bad;
+            w[7 * k + 1] = 1e7;
+            let pack = |by: fn(&[f32], usize, f32, &mut [CodeLine], &mut [f16])| {
+                let mut codes = vec![CodeLine([7; 64]); k / 4];
+                let mut scales = vec![f16::ONE; PANEL * k / BLOCK];
+                by(&w, k, 0.5, &mut codes, &mut scales);
+                let codes: Vec<[u8; 64]> = codes.iter().map(|line| line.0).collect();
+                (codes, scales)
+            };
+            let ((wide, wide_scales), (rows, scales)) = (pack(pack_panel), pack(pack_rows));
+            for (i, (a, b)) in wide_scales.iter().zip(&scales).enumerate() {
+                let none = a.is_nan() && b.is_nan();
+                assert!(none || a.to_bits() == b.to_bits(), "scale {i}: {a} {b}");
+                // Codes whose scale is no number mean nothing.
+                if none {
+                    continue;
+                }
+                let (block, c) = (i / PANEL, i % PANEL);
+                for line in block * 8..block * 8 + 8 {
+                    assert_eq!(wide[line][4 * c..4 * c + 4], rows[line][4 * c..4 * c + 4]);
+                }
+            }
+        }
     }
 
     #[test]
