@@ -126,6 +126,20 @@
 ---@field steps number
 ---@field built_in boolean what the built-in test says
 
+---Argument of fast_weights.
+---@class locum.Fast
+---@field task string task id
+---@field domain string
+---@field stage string episode before a prompt is read, chunk behind a chunk
+---@field student string student id
+---@field version number
+---@field position number tokens read
+---@field chunk number tokens of a chunk
+---@field drift number largest relative change of a layer since the episode began
+---@field max_drift? number the drift at which it is undone and the teacher asked
+---@field loss? number mean negative log-likelihood of the chunk just read
+---@field loss_before? number the same of the chunks before it
+
 ---What decide and accept may return instead of two strings.
 ---@class locum.Choice
 ---@field who string "student" ("keep") or "teacher"
@@ -144,6 +158,13 @@
 ---@class locum.Use
 ---@field use boolean
 ---@field weight? number 0 to 100, 1 unless given
+---@field reason? string
+
+---What fast_weights may return instead of a boolean.
+---@class locum.Learn
+---@field on? boolean true unless given
+---@field step? number factor on the trained step size, 0 to 10; 1 unless given
+---@field reset? boolean back to the trained weights
 ---@field reason? string
 
 ---What recipe may return; absent means the built-in value, and values are clamped.
@@ -239,6 +260,7 @@
 ---@field recipe? fun(dataset: locum.Dataset): locum.Knobs? Knobs of a job.
 ---@field gate? fun(report: locum.Candidate): string, string? A word on a candidate.
 ---@field rollback? fun(live: locum.Live): boolean?, string? Take the promoted student back?
+---@field fast_weights? fun(fast: locum.Fast): boolean?|locum.Learn?, string? How does the student go on learning while it reads?
 
 ---@class locum
 locum = {}

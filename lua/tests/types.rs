@@ -65,7 +65,13 @@ fn the_table_has_the_fields_of_the_real_values() {
         ("Knobs", fields(&RecipeKnobs::default())),
         ("Fast", fields(&FastInfo::default())),
         ("Learn", fields(&FastVerdict::as_trained())),
-        ("View", fields(&View::default())),
+        (
+            "View",
+            fields(&View {
+                turns: true,
+                ..View::default()
+            }),
+        ),
         ("CurateSettings", fields(&CurateSettings::default())),
         ("GateSettings", fields(&GateSettings::default())),
         ("ServeSettings", fields(&ServeSettings::default())),
