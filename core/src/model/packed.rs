@@ -1,6 +1,7 @@
 //! How a model in service keeps its matrices, and how it multiplies by them.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +100,9 @@ impl Packed {
     }
 }
 
+/// Matrices that gradients through a packed model need in `f32`, made at the first use and then kept.
+pub(super) type Unpacked = Mutex<BTreeMap<ParamId, Arc<Vec<f32>>>>;
+
 impl Model {
     /// The model for serving: its matrices in `format`, in the order in which products read them, and no longer in `f32`. It runs
     /// forward only; it can be neither trained nor saved.
@@ -134,7 +138,37 @@ impl Model {
             }
         }
         self.packed = Arc::new(packed);
+        self.unpacked = Arc::default();
         self
+    }
+
+    /// A parameter in `f32`. What is there packed alone is unpacked at the first call and kept, 4 bytes a number beside the packed ones.
+    pub(super) fn plain_param(&self, id: ParamId) -> Arc<Vec<f32>> {
+        if let Some(w) = self.weights.params.get(&id) {
+            return w.clone();
+        }
+        let mut unpacked = self.kept_unpacked();
+        let made = || Arc::new(self.packed[&id].unpack());
+        unpacked.entry(id).or_insert_with(made).clone()
+    }
+
+    fn kept_unpacked(&self) -> MutexGuard<'_, BTreeMap<ParamId, Arc<Vec<f32>>>> {
+        self.unpacked.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The blocks from `first` on and the head with the numbers that are served, in `f32`, for gradients through them.
+    pub(super) fn plain_from(&self, first: usize) -> Self {
+        let mut plain = self.clone();
+        plain.compute = Compute::F32;
+        plain.packed = Arc::default();
+        // Nothing learns on its own in there: the caller puts in the weights that the rows met.
+        plain.config.ttt = None;
+        let layers = first as u16..self.config.num_hidden_layers as u16;
+        let matrices = layers.flat_map(|layer| LINEARS.map(|p| ParamId::Layer(layer, p)));
+        for id in matrices.chain([self.head_id()]) {
+            plain.weights.params.insert(id, self.plain_param(id));
+        }
+        plain
     }
 
     /// The model with the numbers its packed matrices stand for, in `f32`: what products by them are judged by.
@@ -165,7 +199,8 @@ impl Model {
     /// Bytes of all weights in memory.
     pub fn weight_bytes(&self) -> usize {
         let plain: usize = self.weights.params.values().map(|p| 4 * p.len()).sum();
-        plain + self.packed.values().map(|p| p.bytes()).sum::<usize>()
+        let unpacked: usize = self.kept_unpacked().values().map(|p| 4 * p.len()).sum();
+        plain + unpacked + self.packed.values().map(|p| p.bytes()).sum::<usize>()
     }
 
     /// # Errors

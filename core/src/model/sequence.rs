@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Config;
 use crate::kernels::KeyLayout;
-use crate::ttt::{FastWeight, TttConfig, Update};
+use crate::ttt::{FastWeight, TttConfig, TttMode, Update};
 
 /// Keys and values of one sequence, `len` positions of them filled: per layer keys as [`KeyLayout`] has them and values
 /// (capacity, g, e).
@@ -80,6 +80,13 @@ impl KvCache {
         }
     }
 
+    /// Copies a layer's first keys and values, so many as fit into `k` and `v` (n, g, e).
+    pub(super) fn read(&self, layer: usize, k: &mut [f32], v: &mut [f32]) {
+        let (keys, values) = &self.layers[layer];
+        self.keys.read(keys, k);
+        v.copy_from_slice(&values[..v.len()]);
+    }
+
     pub(super) fn reserve(&mut self, positions: usize) {
         if positions <= self.capacity {
             return;
@@ -111,6 +118,8 @@ pub struct FastWeights {
     /// What was learned since somebody last took these, with the layer it was learned in.
     pub updates: Vec<(u16, Update)>,
     pub(super) config: Option<Arc<TttConfig>>,
+    /// In [`TttMode::Gradient`], of the tokens of the open chunk: what the first of the layers read (n, d).
+    pub(super) inputs: Vec<f32>,
 }
 
 impl FastWeights {
@@ -128,7 +137,35 @@ impl FastWeights {
 
     /// Bytes held for this sequence.
     pub fn bytes(&self) -> usize {
-        self.layers.values().map(FastWeight::bytes).sum()
+        let layers: usize = self.layers.values().map(FastWeight::bytes).sum();
+        layers + 4 * self.inputs.capacity()
+    }
+
+    /// The settings, if a gradient is due at the edges.
+    pub(super) fn gradient(&self) -> Option<&Arc<TttConfig>> {
+        let config = self.config.as_ref();
+        config.filter(|config| config.mode == TttMode::Gradient)
+    }
+
+    /// Tokens up to which a call can go before something changes for the whole model.
+    pub(super) fn room(&self) -> usize {
+        let layer = self.layers.values().next();
+        match (self.gradient(), layer) {
+            (Some(config), Some(layer)) => layer.room(config),
+            _ => usize::MAX,
+        }
+    }
+
+    /// Keeps what layer `layer` read of new tokens (n, d), if their gradient will begin there.
+    pub(super) fn keep_inputs(&mut self, layer: usize, x: &[f32], hidden_size: usize) {
+        let first = self.layers.keys().next();
+        let Some(config) = self.gradient().filter(|_| first == Some(&(layer as u16))) else {
+            return;
+        };
+        let whole = config.chunk_len * hidden_size;
+        self.inputs
+            .reserve_exact(whole.saturating_sub(self.inputs.len()));
+        self.inputs.extend_from_slice(x);
     }
 
     /// Forgets the tokens from `position` on; false, and nothing changed, if an update since then cannot be taken back.
@@ -136,10 +173,19 @@ impl FastWeights {
         let Some(config) = &self.config else {
             return true;
         };
+        let Some(read) = self.layers.values().next().map(FastWeight::position) else {
+            return true;
+        };
         // All layers stand on the same grid, so either all can go back or none.
-        self.layers
-            .values_mut()
-            .all(|fast| fast.truncate(config, position).is_ok())
+        let mut layers = self.layers.values_mut();
+        if !layers.all(|fast| fast.truncate(config, position).is_ok()) {
+            return false;
+        }
+        if position < read {
+            let width = self.inputs.len() / (read % config.chunk_len);
+            self.inputs.truncate(position % config.chunk_len * width);
+        }
+        true
     }
 }
 
