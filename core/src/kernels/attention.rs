@@ -58,6 +58,20 @@ impl KeyLayout {
         unsafe { self.write_shared(&SharedMut::new(keys), pos, rows) }
     }
 
+    /// The first keys as `rows` (n, g, e), so many as fit there.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn read(&self, keys: &[f32], rows: &mut [f32]) {
+        let width = self.heads * self.head_dim;
+        for (j, row) in rows.chunks_exact_mut(width).enumerate() {
+            let block = &keys[j / LANES * width * LANES..];
+            for (c, x) in row.iter_mut().enumerate() {
+                *x = block[c * LANES + j % LANES];
+            }
+        }
+    }
+
     /// [`Self::write`] while other threads write other keys.
     ///
     /// # Safety
@@ -631,6 +645,9 @@ pub(super) mod tests {
                 shape
                     .keys()
                     .write(&mut blocked, lens[i].1, &k[lens[i].1 * width..]);
+                let mut again = vec![0.0; k.len()];
+                shape.keys().read(&blocked, &mut again);
+                assert_eq!(again, k);
                 (k, blocked, v)
             })
             .collect();

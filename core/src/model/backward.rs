@@ -315,8 +315,8 @@ impl Model {
         linear.run(O, &tape.mixed, dx, (qd, d), &mut dmixed, false, grads);
         let (mut dq, mut dk, mut dv) = (
             pool.buffer(t * qd),
-            pool.buffer(t * kd),
-            pool.buffer(t * kd),
+            pool.buffer(tape.k.len()),
+            pool.buffer(tape.v.len()),
         );
         let shape = AttentionShape {
             num_attention_heads: c.num_attention_heads,
@@ -342,10 +342,12 @@ impl Model {
             c.num_attention_heads,
             &rows.positions,
         );
+        // What was read before is constant: its keys and values pass nothing on.
+        let own = t * kd;
         rope_backward(
             Some(pool),
             &self.rope,
-            &mut dk,
+            &mut dk[..own],
             c.num_key_value_heads,
             &rows.positions,
         );
@@ -362,22 +364,22 @@ impl Model {
                 grads.full(layer, QNorm),
             );
             dq = before;
-            let mut before = pool.buffer(dk.len());
+            let mut before = pool.buffer(own);
             before.fill(0.0);
             rms_norm_backward(
                 Some(pool),
                 &tape.k_raw,
                 norm(KNorm),
                 eps,
-                &dk,
+                &dk[..own],
                 &mut before,
                 grads.full(layer, KNorm),
             );
             dk = before;
         }
         linear.run(Q, &tape.n1, &dq, (d, qd), &mut dn, false, grads);
-        linear.run(K, &tape.n1, &dk, (d, kd), &mut dn, true, grads);
-        linear.run(V, &tape.n1, &dv, (d, kd), &mut dn, true, grads);
+        linear.run(K, &tape.n1, &dk[..own], (d, kd), &mut dn, true, grads);
+        linear.run(V, &tape.n1, &dv[..own], (d, kd), &mut dn, true, grads);
         rms_norm_backward(
             Some(pool),
             &tape.x,

@@ -23,7 +23,7 @@ pub(super) struct BlockTape {
     /// (t, h, e) and (t, g, e) before the per-head norm; empty for Llama.
     pub q_raw: Buffer,
     pub k_raw: Buffer,
-    /// After rotation.
+    /// After rotation; k and v with what the rows' sequence has read before, if that is given.
     pub q: Buffer,
     pub k: Buffer,
     pub v: Buffer,
@@ -177,7 +177,7 @@ impl Model {
 
     /// Packs a training batch: with `share`, what several sequences begin with stands there once, unless layers learn while they read,
     /// for what those have learned belongs to one sequence.
-    pub fn packed_rows(&self, sequences: &[&[u32]], share: bool) -> PackedRows {
+    pub fn packed_rows(&self, sequences: &[&[u32]], share: bool) -> PackedRows<'static> {
         let learning = (0..self.config.num_hidden_layers).any(|l| self.learning_layer(l).is_some());
         match share && !learning {
             true => PackedRows::sharing(sequences),
@@ -237,6 +237,7 @@ impl Model {
             positions,
         );
 
+        let (k, v) = rows.with_past(pool, layer, (k, v));
         let mut mixed = pool.buffer(t * qd);
         let shape = c.attention_shape();
         let read: Vec<(Buffer, Buffer)> = (rows.spans.iter())
@@ -338,7 +339,7 @@ fn keys_and_values(
 ///
 /// # Panics
 /// If some rows are shared.
-pub(super) fn whole_sequences(rows: &PackedRows) -> &[SpanRows] {
+pub(super) fn whole_sequences<'a>(rows: &'a PackedRows) -> &'a [SpanRows] {
     assert!(
         rows.shared() == 0,
         "a layer that learns while it reads was given rows of several sequences at once"

@@ -6,6 +6,9 @@
 
 mod backward;
 mod config;
+mod descend;
+#[cfg(test)]
+mod descend_tests;
 mod forward;
 mod gguf;
 mod lora;
@@ -41,7 +44,7 @@ pub use weights::{
 };
 
 use crate::kernels::{Random, RopeTable};
-use crate::ttt::{StartWeight, TttConfig, TttStart};
+use crate::ttt::{StartWeight, TttConfig, TttMode, TttStart};
 
 /// What can be wrong with a model's files or with a call to it.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +95,7 @@ pub struct Model {
     packed: Arc<BTreeMap<ParamId, Arc<packed::Packed>>>,
     /// What the layers that learn begin with, where the weights no longer change.
     starts: Arc<BTreeMap<u16, StartWeight>>,
+    unpacked: Arc<packed::Unpacked>,
     rope: Arc<RopeTable>,
 }
 
@@ -125,6 +129,7 @@ impl Model {
             compute: Compute::default(),
             packed: Arc::default(),
             starts: Arc::default(),
+            unpacked: Arc::default(),
             rope,
         })
     }
@@ -197,7 +202,8 @@ impl Model {
             let why = "it has layers that learn while it reads already";
             return Err(ModelError::Unsupported(why.into()));
         }
-        if start == TttStart::NextToken && (!ttt.proj || ttt.kernel_size < 3) {
+        let no_next_token = !ttt.proj || ttt.kernel_size < 3;
+        if ttt.mode == TttMode::InPlace && start == TttStart::NextToken && no_next_token {
             let why = "the next token as a target needs a projection and a filter that looks ahead";
             return Err(ModelError::Unsupported(why.into()));
         }
@@ -210,7 +216,8 @@ impl Model {
         if let Some(read) = &mut config.ttt {
             read.max_drift = ttt.max_drift;
         }
-        for &layer in &ttt.layers {
+        let in_place = ttt.mode == TttMode::InPlace;
+        for &layer in ttt.layers.iter().filter(|_| in_place) {
             let (conv, proj) = match start {
                 TttStart::Published => ttt.published_start(config.hidden_size, random),
                 TttStart::NextToken => ttt.next_token_start(config.hidden_size),

@@ -1,13 +1,14 @@
 //! How a model in service keeps its matrices, and how it multiplies by them.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 
 use super::forward::product;
 use super::{LayerParam, Model, ModelError, ParamId, LINEARS};
 use crate::kernels::{matmul_bf16, Mat, MatMut, PackedBf16, PackedQ4, PackedQ8, Pool};
-use crate::ttt::{FastFormat, TttConfig};
+use crate::ttt::{FastFormat, TttConfig, TttMode};
 
 /// Numbers in which a model in service keeps its matrices. Norms are always `f32`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +100,9 @@ impl Packed {
     }
 }
 
+/// Matrices that gradients through a packed model need in `f32`, made at the first use and then kept.
+pub(super) type Unpacked = Mutex<BTreeMap<ParamId, Arc<Vec<f32>>>>;
+
 impl Model {
     /// The model for serving: its matrices in `format`, in the order in which products read them, and no longer in `f32`. It runs
     /// forward only; it can be neither trained nor saved.
@@ -142,20 +146,26 @@ impl Model {
             }
         }
         self.packed = Arc::new(packed);
+        self.unpacked = Arc::default();
         self.with_starts()
     }
 
     /// The model with what its layers that learn begin with, so that no sequence has to measure it. Its weights must not change any more.
     fn with_starts(mut self) -> Self {
-        let layers = self.config.ttt.iter().flat_map(|ttt| &ttt.layers);
+        let layers = self.in_place().flat_map(|ttt| &ttt.layers);
         let starts = layers.map(|layer| (*layer, self.start_weight(*layer)));
         self.starts = Arc::new(starts.collect());
         self
     }
 
+    fn in_place(&self) -> impl Iterator<Item = &TttConfig> {
+        let ttt = self.config.ttt.iter();
+        ttt.filter(|ttt| ttt.mode == TttMode::InPlace)
+    }
+
     /// Projections of layers that learn while they are read. They are kept as they were trained beside their packed transposes.
     fn ttt_projections(&self) -> Vec<ParamId> {
-        let layers = self.config.ttt.iter().flat_map(|ttt| &ttt.layers);
+        let layers = self.in_place().flat_map(|ttt| &ttt.layers);
         let ids = layers.map(|layer| ParamId::Layer(*layer, LayerParam::TttProj));
         ids.filter(|id| self.weights.params.contains_key(id))
             .collect()
@@ -178,6 +188,35 @@ impl Model {
             Some(Packed::Q8(_) | Packed::Q4(_)) => FastFormat::Q8,
             Some(Packed::Bf16(_)) | None => FastFormat::F32,
         }
+    }
+
+    /// A parameter in `f32`. What is there packed alone is unpacked at the first call and kept, 4 bytes a number beside the packed ones.
+    pub(super) fn plain_param(&self, id: ParamId) -> Arc<Vec<f32>> {
+        if let Some(w) = self.weights.params.get(&id) {
+            return w.clone();
+        }
+        let mut unpacked = self.kept_unpacked();
+        let made = || Arc::new(self.packed[&id].unpack());
+        unpacked.entry(id).or_insert_with(made).clone()
+    }
+
+    fn kept_unpacked(&self) -> MutexGuard<'_, BTreeMap<ParamId, Arc<Vec<f32>>>> {
+        self.unpacked.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The blocks from `first` on and the head with the numbers that are served, in `f32`, for gradients through them.
+    pub(super) fn plain_from(&self, first: usize) -> Self {
+        let mut plain = self.clone();
+        plain.compute = Compute::F32;
+        plain.packed = Arc::default();
+        // Nothing learns on its own in there: the caller puts in the weights that the rows met.
+        plain.config.ttt = None;
+        let layers = first as u16..self.config.num_hidden_layers as u16;
+        let matrices = layers.flat_map(|layer| LINEARS.map(|p| ParamId::Layer(layer, p)));
+        for id in matrices.chain([self.head_id()]) {
+            plain.weights.params.insert(id, self.plain_param(id));
+        }
+        plain
     }
 
     /// The model with the numbers its packed matrices stand for, in `f32`: what products by them are judged by.
@@ -218,7 +257,8 @@ impl Model {
     /// Bytes of all weights in memory.
     pub fn weight_bytes(&self) -> usize {
         let plain: usize = self.weights.params.values().map(|p| 4 * p.len()).sum();
-        plain + self.packed.values().map(|p| p.bytes()).sum::<usize>()
+        let unpacked: usize = self.kept_unpacked().values().map(|p| 4 * p.len()).sum();
+        plain + unpacked + self.packed.values().map(|p| p.bytes()).sum::<usize>()
     }
 
     /// # Errors

@@ -1,6 +1,7 @@
 //! Names of a decoder's parameters: one small enum, printed as the Hugging Face name.
 
 use super::config::{Architecture, Config};
+use crate::ttt::TttMode;
 
 /// A parameter's place in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -113,6 +114,8 @@ impl ParamId {
     /// All parameters of a model, in the order of the computation.
     pub fn all(config: &Config) -> Vec<ParamId> {
         use LayerParam::*;
+        let in_place = config.ttt.as_ref();
+        let in_place = in_place.filter(|t| t.mode == TttMode::InPlace);
         let mut ids = vec![Self::Embed];
         for i in 0..config.num_hidden_layers as u16 {
             let mut push = |p| ids.push(Self::Layer(i, p));
@@ -123,7 +126,7 @@ impl ParamId {
             [O, PostNorm, Gate, Up, Down]
                 .into_iter()
                 .for_each(&mut push);
-            if let Some(ttt) = config.ttt.as_ref().filter(|t| t.layers.contains(&i)) {
+            if let Some(ttt) = in_place.filter(|t| t.layers.contains(&i)) {
                 push(TttConv);
                 if ttt.proj {
                     push(TttProj);

@@ -2,22 +2,60 @@
 
 use std::ops::Range;
 
-use crate::kernels::SpanRows;
+use super::KvCache;
+use crate::kernels::{Buffer, Pool, SpanRows};
 
 /// Fewest tokens of a shared beginning that are worth a span of their own.
 const MIN_SHARED: usize = 16;
 
 /// Where sequences stand in a packed batch, for training, all from position 0.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PackedRows {
+#[derive(Clone, Default)]
+pub struct PackedRows<'a> {
     /// What attends as one: a sequence, or a part of it behind what it shares with others.
     pub spans: Vec<SpanRows>,
     pub positions: Vec<u32>,
     /// For each sequence, in the order given, the rows of its tokens in theirs.
     pub sequences: Vec<Vec<Range<usize>>>,
+    /// What the one sequence has read before: keys and values of so many positions, constants to the backward pass.
+    past: Option<(&'a KvCache, usize)>,
 }
 
-impl PackedRows {
+impl<'a> PackedRows<'a> {
+    /// `len` tokens of a sequence behind the first `pos` positions that its cache holds.
+    pub fn after(cache: &'a KvCache, pos: usize, len: usize) -> Self {
+        let first = cache.len() - cache.held() + pos;
+        let span = SpanRows {
+            row: 0,
+            len,
+            // In keys and values they stand behind the rows themselves.
+            before: vec![len..len + pos],
+        };
+        Self {
+            spans: vec![span],
+            positions: (first as u32..(first + len) as u32).collect(),
+            sequences: vec![vec![0..len]],
+            past: Some((cache, pos)),
+        }
+    }
+
+    /// A layer's keys and values (t, g, e) with those of what was read before behind them.
+    pub(super) fn with_past(
+        &self,
+        pool: &Pool,
+        layer: usize,
+        (k, v): (Buffer, Buffer),
+    ) -> (Buffer, Buffer) {
+        let Some((cache, pos)) = self.past else {
+            return (k, v);
+        };
+        let all = k.len() / self.len() * (self.len() + pos);
+        let (mut keys, mut values) = (pool.buffer(all), pool.buffer(all));
+        keys[..k.len()].copy_from_slice(&k);
+        values[..v.len()].copy_from_slice(&v);
+        cache.read(layer, &mut keys[k.len()..], &mut values[v.len()..]);
+        (keys, values)
+    }
+
     /// Packs sequences of these lengths, each whole.
     pub fn new(lengths: &[usize]) -> Self {
         let mut rows = Self::default();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Config;
 use crate::kernels::KeyLayout;
-use crate::ttt::{FastWeight, TttConfig, Update};
+use crate::ttt::{FastWeight, TttConfig, TttMode, Update};
 
 /// Keys and values of one sequence, those of the positions `first..len`: per layer keys as [`KeyLayout`] has them and values
 /// (capacity, g, e).
@@ -108,6 +108,13 @@ impl KvCache {
         }
     }
 
+    /// Copies a layer's first keys and values, so many as fit into `k` and `v` (n, g, e).
+    pub(super) fn read(&self, layer: usize, k: &mut [f32], v: &mut [f32]) {
+        let (keys, values) = &self.layers[layer];
+        self.keys.read(keys, k);
+        v.copy_from_slice(&values[..v.len()]);
+    }
+
     /// Makes room for so many positions, held and to come.
     pub(super) fn reserve(&mut self, positions: usize) {
         if positions <= self.capacity {
@@ -142,6 +149,8 @@ pub struct FastWeights {
     /// How hard the tokens of each chunk were, for whoever judges whether learning helps.
     pub losses: ChunkLosses,
     pub(super) config: Option<Arc<TttConfig>>,
+    /// In [`TttMode::Gradient`], of the tokens of the open chunk: what the first of the layers read (n, d).
+    pub(super) inputs: Vec<f32>,
     /// While set, the trained weights play and nothing is learned.
     pub(super) off: bool,
 }
@@ -209,6 +218,7 @@ impl FastWeights {
     /// Back to the trained weights in all layers. What was read stays read; the rest of the open chunk is not learned from.
     pub fn reset(&mut self) {
         self.layers.values_mut().for_each(FastWeight::reset);
+        self.inputs.clear();
     }
 
     /// Switched off, the trained weights play from the next token on and nothing is learned; switched on again, learning begins anew
@@ -233,7 +243,41 @@ impl FastWeights {
 
     /// Bytes held for this sequence.
     pub fn bytes(&self) -> usize {
-        self.layers.values().map(FastWeight::bytes).sum()
+        let layers: usize = self.layers.values().map(FastWeight::bytes).sum();
+        layers + 4 * self.inputs.capacity()
+    }
+
+    /// The settings, if a gradient is due at the edges.
+    pub(super) fn gradient(&self) -> Option<&Arc<TttConfig>> {
+        let config = self.config.as_ref();
+        config.filter(|config| config.mode == TttMode::Gradient)
+    }
+
+    /// Tokens up to which a call can go before something changes for the whole model.
+    pub(super) fn room(&self) -> usize {
+        let layer = self.layers.values().next();
+        match (self.gradient(), layer) {
+            (Some(config), Some(layer)) => layer.room(config),
+            _ => usize::MAX,
+        }
+    }
+
+    /// Keeps what layer `layer` read of new tokens (n, d), if their gradient will begin there.
+    pub(super) fn keep_inputs(&mut self, layer: usize, x: &[f32], hidden_size: usize) {
+        let first = self.layers.keys().next();
+        let Some(config) = self.gradient().filter(|_| first == Some(&(layer as u16))) else {
+            return;
+        };
+        let whole = config.chunk_len * hidden_size;
+        let (chunk, position) = (config.chunk_len, self.layers[&(layer as u16)].position());
+        // A chunk of which the beginning was not read, or not learned from, has no gradient.
+        if self.off || self.inputs.len() != position % chunk * hidden_size {
+            self.inputs.clear();
+            return;
+        }
+        self.inputs
+            .reserve_exact(whole.saturating_sub(self.inputs.len()));
+        self.inputs.extend_from_slice(x);
     }
 
     /// Forgets the tokens from `position` on; false, and nothing changed, if an update since then cannot be taken back.
@@ -241,13 +285,20 @@ impl FastWeights {
         let Some(config) = &self.config else {
             return true;
         };
+        let Some(read) = self.layers.values().next().map(FastWeight::position) else {
+            return true;
+        };
         // All layers stand on the same grid, so either all can go back or none.
-        let back = |fast: &mut FastWeight| fast.truncate(config, position).is_ok();
-        let all = self.layers.values_mut().all(back);
-        if all {
-            self.losses.truncate(position / config.chunk_len);
+        let mut layers = self.layers.values_mut();
+        if !layers.all(|fast| fast.truncate(config, position).is_ok()) {
+            return false;
         }
-        all
+        if position < read {
+            let width = self.inputs.len() / (read % config.chunk_len);
+            self.inputs.truncate(position % config.chunk_len * width);
+        }
+        self.losses.truncate(position / config.chunk_len);
+        true
     }
 }
 

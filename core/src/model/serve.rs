@@ -16,7 +16,9 @@ use crate::kernels::{
     add, add_in_place, attention, attention_of_rows, rms_norm, rope, swiglu_in_place, Pool,
     SharedMut, Span,
 };
-use crate::ttt::{Chunk, FastWeight, StartWeight, TttLayer, TttTarget};
+use crate::ttt::{
+    Chunk, FastWeight, StartWeight, TttConfig, TttError, TttLayer, TttMode, TttTarget,
+};
 
 /// Rows from which on a batch is cut into tiles: below, a tile would stream the weights for too few rows.
 const MIN_TILED_ROWS: usize = 25;
@@ -84,16 +86,55 @@ impl Model {
     /// its trained weight on.
     pub fn sequence(&self, capacity: usize, learning: bool) -> Sequence {
         let mut sequence = Sequence::new(&self.config, capacity);
-        let Some(config) = self.config.ttt.as_ref().filter(|_| learning) else {
-            return sequence;
-        };
+        if let Some(config) = self.config.ttt.as_ref().filter(|_| learning) {
+            self.let_learn(&mut sequence, config);
+        }
+        sequence
+    }
+
+    /// An empty sequence of any model, trained for it or not, that learns by gradients ([`TttMode::Gradient`]) with these settings.
+    ///
+    /// At each edge the call waits for a forward and a backward pass of the chunk through the layers from the first that learns on and
+    /// through the head. A packed model keeps those in `f32` too from then on, 4 bytes a parameter.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] for settings that are impossible, layers that are not there, or [`TttMode::InPlace`], whose layers are
+    /// those that were trained for it.
+    pub fn sequence_with(
+        &self,
+        capacity: usize,
+        config: &TttConfig,
+    ) -> Result<Sequence, ModelError> {
+        let wrong = |field, found| ModelError::Config { field, found };
+        config.check().map_err(|error| match error {
+            TttError::Config { field, found } => wrong(field, found),
+            other => wrong("ttt", other.to_string()),
+        })?;
+        if config.mode != TttMode::Gradient {
+            return Err(wrong("ttt_mode", format!("{:?}", config.mode)));
+        }
+        let there = |layer: &u16| usize::from(*layer) < self.config.num_hidden_layers;
+        if config.layers.is_empty() || !config.layers.iter().all(there) {
+            return Err(wrong("ttt_layers", format!("{:?}", config.layers)));
+        }
+        let mut sequence = Sequence::new(&self.config, capacity);
+        self.let_learn(&mut sequence, config);
+        Ok(sequence)
+    }
+
+    fn let_learn(&self, sequence: &mut Sequence, config: &TttConfig) {
         for &layer in &config.layers {
-            let start = self.starts.get(&layer).cloned();
+            let start = match config.mode {
+                TttMode::InPlace => self.starts.get(&layer).cloned(),
+                TttMode::Gradient => {
+                    let w = self.plain_param(ParamId::Layer(layer, Down));
+                    Some(StartWeight::new(w, self.config.hidden_size))
+                }
+            };
             let start = start.unwrap_or_else(|| self.start_weight(layer));
             sequence.fast.layers.insert(layer, FastWeight::new(&start));
         }
         sequence.fast.config = Some(Arc::new(config.clone()));
-        sequence
     }
 
     /// What a layer that learns begins with.
@@ -132,18 +173,78 @@ impl Model {
         batch: &mut [(&mut Sequence, &[u32])],
     ) -> Result<Vec<f32>, ModelError> {
         let _attention = pool.attentive();
-        let mut ids = Vec::new();
-        let mut positions = Vec::new();
+        self.check_step(batch)?;
+        match batch.iter().any(|(s, _)| s.fast.gradient().is_some()) {
+            true => self.step_by_chunks(pool, batch),
+            false => self.step_within_chunks(pool, batch),
+        }
+    }
+
+    fn check_step(&self, batch: &[(&mut Sequence, &[u32])]) -> Result<(), ModelError> {
+        let vocab_size = self.config.vocab_size;
         let padding = self.config.padding();
-        for (sequence, new) in batch.iter() {
+        for (sequence, new) in batch {
             let begins = sequence.kv.is_empty() && sequence.fast.is_on();
             if let Some(token) = new.first().filter(|t| begins && Some(**t) == padding) {
                 return Err(ModelError::Padded { token: *token });
             }
-            let (from, to) = (sequence.kv.len(), sequence.kv.len() + new.len());
-            self.check_room(to)?;
+            self.check_room(sequence.kv.len() + new.len())?;
+            if let Some(&token) = new.iter().find(|id| **id as usize >= vocab_size) {
+                return Err(ModelError::Token { token, vocab_size });
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Self::step`] in parts, none of which goes past an edge at which the weights of many layers change.
+    fn step_by_chunks(
+        &self,
+        pool: &Pool,
+        batch: &mut [(&mut Sequence, &[u32])],
+    ) -> Result<Vec<f32>, ModelError> {
+        let d = self.config.hidden_size;
+        let mut out = vec![0.0; batch.iter().map(|(_, new)| new.len() * d).sum()];
+        let mut read = vec![0; batch.len()];
+        loop {
+            let (mut part, mut rows) = (Vec::with_capacity(batch.len()), Vec::new());
+            let mut row = 0;
+            for ((sequence, new), read) in batch.iter_mut().zip(&mut read) {
+                let n = (new.len() - *read).min(sequence.fast.room());
+                if n > 0 {
+                    part.push((&mut **sequence, &new[*read..*read + n]));
+                    rows.push(row + *read..row + *read + n);
+                }
+                row += new.len();
+                *read += n;
+            }
+            if part.is_empty() {
+                return Ok(out);
+            }
+            let x = self.step_within_chunks(pool, &mut part)?;
+            let mut x = &x[..];
+            for rows in rows {
+                let (own, rest) = x.split_at(rows.len() * d);
+                out[rows.start * d..rows.end * d].copy_from_slice(own);
+                x = rest;
+            }
+            for (sequence, _) in part {
+                self.descend_at_edge(pool, sequence);
+            }
+        }
+    }
+
+    /// [`Self::step`] for tokens that were checked and that no edge with a gradient stands between.
+    fn step_within_chunks(
+        &self,
+        pool: &Pool,
+        batch: &mut [(&mut Sequence, &[u32])],
+    ) -> Result<Vec<f32>, ModelError> {
+        let mut ids = Vec::new();
+        let mut positions = Vec::new();
+        for (sequence, new) in batch.iter() {
+            let from = sequence.kv.len();
             ids.extend_from_slice(new);
-            positions.extend(from as u32..to as u32);
+            positions.extend(from as u32..(from + new.len()) as u32);
         }
         let mut x = self.embed(&ids)?;
         let t = ids.len();
@@ -298,6 +399,12 @@ impl Step<'_> {
             if let (Some(link), true) = (&self.link, layer < layers) {
                 link.send_keys(layer);
             }
+            // Of a layer to come, its input; behind the last there is none.
+            for (reading, fast) in self.readings.iter().zip(&mut *fasts) {
+                // SAFETY: no tile runs while this does.
+                let x = unsafe { self.x.read(reading.row * d, reading.len * d) };
+                fast.keep_inputs(layer, x, d);
+            }
         }
     }
 
@@ -314,9 +421,6 @@ impl Step<'_> {
             self.model.config.hidden_size,
             self.model.config.intermediate_size,
         );
-        let Some(trained) = self.model.ttt_layer(layer) else {
-            unreachable!("layer {layer} learns without having been trained to");
-        };
         let mut y = vec![0.0; self.positions.len() * d];
         let mut plain = 0..0;
         let mut own_product = |rows: Range<usize>, y: &mut [f32]| {
@@ -344,6 +448,13 @@ impl Step<'_> {
                 weight.skip(reading.len);
                 continue;
             }
+            let trained = match config.mode {
+                TttMode::InPlace => self.model.ttt_layer(layer),
+                TttMode::Gradient => Some(TttLayer::UNTRAINED),
+            };
+            let Some(trained) = trained else {
+                unreachable!("layer {layer} learns without having been trained to");
+            };
             if let Some(link) = &self.link {
                 let (z, u) = (&z[reading.row * f..end * f], &u[reading.row * d..end * d]);
                 link.hand_on(pool, (config, trained), layer, reading.pos, weight, (z, u));
@@ -358,6 +469,7 @@ impl Step<'_> {
                 }
                 match weight.absorb(Some(pool), config, trained, z, u) {
                     Chunk::Learned(update) => updates.push((layer as u16, update)),
+                    // The gradient comes once all layers have read the chunk.
                     Chunk::Waits | Chunk::Due => {}
                 }
                 row = to;

@@ -54,8 +54,11 @@ impl Model {
             let rows = wave.start - from..wave.end - from;
             let (ids, x) = (&ids[rows.clone()], &mut x[rows.start * d..rows.end * d]);
             let spans = spans(&self.config, learning.as_deref(), pools.len(), wave);
-            // A cache that has forgotten its beginning, or learning that is switched off, is not worth workers of its own.
-            let odd = sequence.kv.held() < sequence.kv.len() || sequence.fast.off;
+            // A cache that has forgotten its beginning and learning that is switched off are not worth workers of their own, and a
+            // gradient is there only behind its chunk.
+            let odd = sequence.kv.held() < sequence.kv.len()
+                || sequence.fast.off
+                || sequence.fast.gradient().is_some();
             if odd || spans.len() < 2 || !self.read_wave(pools, sequence, ids, x, &spans) {
                 let alone = self.step(&pools[0], &mut [(sequence, ids)])?;
                 x.copy_from_slice(&alone);

@@ -17,7 +17,7 @@ use crate::kernels::{Pool, Random};
 use crate::model::{
     AdapterConfig, Grads, Lora, Model, PackedRows, ParamId, Tape, TrainId, LINEARS,
 };
-use crate::ttt::TttTarget;
+use crate::ttt::{TttMode, TttTarget};
 
 /// A prompt and what should be said to it: loss on `ids[target_start..]`, and on what was to be said earlier in the same text.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -156,7 +156,7 @@ pub(super) struct Trainee {
 }
 
 impl Trainee {
-    fn rows(&self, samples: &[Sample], batch: &[usize]) -> PackedRows {
+    fn rows(&self, samples: &[Sample], batch: &[usize]) -> PackedRows<'static> {
         self.model.packed_rows(&ids_of(samples, batch), self.share)
     }
 
@@ -228,7 +228,7 @@ pub fn fit(
                 "ttt_target input_embed can be served, not trained: hidden_states can".into(),
             ));
         }
-        if longest <= ttt.chunk_len {
+        if ttt.mode == TttMode::InPlace && longest <= ttt.chunk_len {
             tracing::warn!(
                 longest,
                 chunk = ttt.chunk_len,

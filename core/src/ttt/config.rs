@@ -44,7 +44,7 @@ pub enum TttMode {
     #[default]
     InPlace,
     /// `W ← W − η ∂loss/∂W`, whose gradient the caller brings at the edge ([`FastWeight::descend`](super::FastWeight::descend)):
-    /// chunk-wise dynamic evaluation.
+    /// chunk-wise dynamic evaluation, with `config.json` saying `"ttt_mode": "gradient"`.
     Gradient,
 }
 
@@ -77,7 +77,22 @@ impl Default for TttConfig {
 }
 
 impl TttConfig {
+    /// Chunk-wise dynamic evaluation ([`TttMode::Gradient`]) of the last quarter of a model's layers, rounded up. It needs no trained
+    /// tensors, so that any model can be read with it.
+    pub fn gradient(num_hidden_layers: usize, chunk_len: usize, lr: f32) -> Self {
+        let all = num_hidden_layers as u16;
+        Self {
+            layers: (all - all.div_ceil(4)..all).collect(),
+            chunk_len,
+            lr,
+            proj: false,
+            mode: TttMode::Gradient,
+            ..Self::default()
+        }
+    }
+
     /// Reads the `ttt_*` fields of a `config.json`; `None` if it has none, lists no layer, or says `ttt_mode: false`.
+    /// With `ttt_mode: "gradient"` the list may be absent: the layers are then those of [`Self::gradient`].
     ///
     /// Layers that the model does not have are left out, for the authors' configs list one such.
     ///
@@ -93,7 +108,11 @@ impl TttConfig {
             None | Some(Value::Null) => Ok(default),
             Some(value) => value.as_bool().ok_or_else(|| wrong(field, value)),
         };
+        let gradient = raw.get("ttt_mode").and_then(Value::as_str) == Some("gradient");
+        let last_quarter = Self::gradient(num_hidden_layers, 256, Self::default().lr);
+        let quarter = Value::from(last_quarter.layers.clone());
         let listed = match raw.get("ttt_layers") {
+            None | Some(Value::Null) if gradient => &quarter,
             None | Some(Value::Null) => return Ok(None),
             Some(value) => value,
         };
@@ -101,7 +120,7 @@ impl TttConfig {
             .as_array()
             .and_then(|all| all.iter().map(Value::as_u64).collect::<Option<Vec<u64>>>());
         let indexes = indexes.ok_or_else(|| wrong("ttt_layers", listed))?;
-        if indexes.is_empty() || !flag("ttt_mode", true)? {
+        if indexes.is_empty() || !(gradient || flag("ttt_mode", true)?) {
             return Ok(None);
         }
         let mut layers: Vec<u16> = indexes
@@ -114,10 +133,16 @@ impl TttConfig {
         if layers.is_empty() {
             return Err(wrong("ttt_layers", listed));
         }
-        let mut config = Self {
-            layers,
-            proj: flag("ttt_proj", true)?,
-            ..Self::default()
+        let mut config = match gradient {
+            true => Self {
+                layers,
+                ..last_quarter
+            },
+            false => Self {
+                layers,
+                proj: flag("ttt_proj", true)?,
+                ..Self::default()
+            },
         };
         if let Some(value) = raw.get("ttt_chunk").filter(|v| !v.is_null()) {
             let chunk_len = value.as_u64().and_then(|c| usize::try_from(c).ok());
@@ -143,7 +168,12 @@ impl TttConfig {
     /// [`TttError::Config`] names the field.
     pub fn check(&self) -> Result<(), TttError> {
         let wrong = |field, found: String| Err(TttError::Config { field, found });
-        if self.chunk_len == 0 {
+        // A loss over the pairs inside a chunk needs one.
+        let least = match self.mode {
+            TttMode::InPlace => 1,
+            TttMode::Gradient => 2,
+        };
+        if self.chunk_len < least {
             return wrong("ttt_chunk", self.chunk_len.to_string());
         }
         if !self.lr.is_finite() {
@@ -164,10 +194,14 @@ impl TttConfig {
             TttTarget::HiddenStates => "hidden_states",
             TttTarget::InputEmbed => "input_embed",
         };
+        let mode = match self.mode {
+            TttMode::InPlace => Value::from(true),
+            TttMode::Gradient => "gradient".into(),
+        };
         // By way of its shortest text: 0.3 is not to become 0.30000001192092896.
         let lr: f64 = self.lr.to_string().parse().expect("a float prints as one");
         [
-            ("ttt_mode", true.into()),
+            ("ttt_mode", mode),
             ("ttt_layers", self.layers.clone().into()),
             ("ttt_proj", self.proj.into()),
             ("ttt_lr", lr.into()),
@@ -228,6 +262,13 @@ pub struct TttLayer<'a> {
 }
 
 impl<'a> TttLayer<'a> {
+    /// Of a layer in [`TttMode::Gradient`], for which nothing was trained.
+    pub const UNTRAINED: TttLayer<'static> = TttLayer {
+        conv: &[],
+        proj: None,
+        packed_proj: None,
+    };
+
     /// Checks the tensors of a layer of this width against the settings.
     ///
     /// # Errors

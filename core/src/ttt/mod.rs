@@ -33,8 +33,8 @@
 //!   of the edge ([`FastWeight::work_ahead`]), so that no token waits for all of them.
 //! - Training walks the chunks with one `W` ([`forward`], [`backward`]) where theirs holds the weight of every chunk.
 //! - The drift and its cap; the authors' public code has neither. Turn the cap off to compare with it.
-//! - A second mode, [`TttMode::Gradient`]: chunk-wise dynamic evaluation with the same state, edges and cap. The caller computes the
-//!   gradient of the loss; nothing here is trained.
+//! - A second mode, [`TttMode::Gradient`]: chunk-wise dynamic evaluation with the same state, edges and cap. The caller,
+//!   `model::descend`, computes the gradient of the loss; nothing here is trained.
 
 mod config;
 mod quantised;

@@ -147,6 +147,11 @@ impl FastWeight {
         &self.w
     }
 
+    /// The same, shared: an update then makes a copy.
+    pub fn shared(&self) -> Arc<Vec<f32>> {
+        self.w.clone()
+    }
+
     /// Whether that is still the trained weight itself, so that the student's own product, packed or not, gives the plain model's numbers.
     pub fn is_start(&self) -> bool {
         Arc::ptr_eq(&self.w, &self.start.w)

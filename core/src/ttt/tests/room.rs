@@ -489,6 +489,12 @@ fn configs_are_read_written_and_refused_by_field() {
     let again = serde_json::Value::Object(config.to_json());
     assert_eq!(again["ttt_lr"], json!(0.3));
     assert_eq!(TttConfig::from_json(&again, 36).unwrap(), Some(config));
+    let gradient = TttConfig::gradient(36, 64, 0.05);
+    let again = serde_json::Value::Object(gradient.to_json());
+    assert_eq!(TttConfig::from_json(&again, 36).unwrap(), Some(gradient));
+    let short = serde_json::json!({"ttt_mode": "gradient"});
+    let read = TttConfig::from_json(&short, 10).unwrap().unwrap();
+    assert_eq!((read.layers, read.mode), (vec![7, 8, 9], TttMode::Gradient));
     for plain in [
         json!({}),
         json!({"ttt_layers": []}),
