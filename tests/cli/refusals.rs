@@ -25,8 +25,8 @@ fn wrong_usage_exits_with_2_and_help_with_0() {
     let help = world.run(&["--help"]);
     assert_eq!(help.code(), 0);
     for command in [
-        "doctor", "model", "episodes", "distil", "eval", "students", "promote", "rollback", "policy",
-        "report",
+        "doctor", "model", "episodes", "distil", "eval", "students", "promote", "rollback",
+        "policy", "report",
     ] {
         assert!(
             help.stdout().contains(command),
