@@ -2,7 +2,7 @@
 -- docs/ttt.md tells what for; docs/policy.md explains every field.
 
 local TTT = "published" -- how the layers that learn while they read begin; "off" trains without
-local TTT_CHUNK = 128 -- an episode of 80 steps has some 25 chunks
+local TTT_CHUNK = 128 -- an episode of 60 steps has some 15 chunks
 local TTT_EVERY = 6
 local TTT_LR = 0.3
 local TTT_RATE = 1e-3

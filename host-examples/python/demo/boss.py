@@ -1,4 +1,4 @@
-"""Long episodes for `locum eval ttt`: BabyAI's BossLevel played by its bot, whole, into a store.
+"""Long episodes for `locum eval ttt`: BabyAI's BossLevel played by its bot, as chats that `locum episodes import` reads.
 
 An episode is one task with several parts in a maze of rooms: where a door or a key was seen thirty steps ago decides what to do now.
 See docs/ttt.md for the commands around this one.
@@ -7,25 +7,17 @@ See docs/ttt.md for the commands around this one.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-try:
-    import locum
-except ModuleNotFoundError:  # run from a checkout: the package is beside this folder
-    sys.path.insert(0, str(HERE.parent))
-    import locum
-
-from babyai import GOAL_REACHED, World  # noqa: E402
-
-from locum import Locum, LocumError  # noqa: E402
+from babyai import GOAL_REACHED, World
 
 LEVEL = "BossLevel"
 FIRST_SEED = 500_000  # far from the demo's
-SHORTEST, LONGEST = 25, 150  # steps of an episode that is kept
+SHORTEST, LONGEST = 30, 100  # steps of an episode that is kept
 THINGS = 3  # that are named of what is seen, nearest first
 
 # A tool an action: two tokens a call.
@@ -71,38 +63,33 @@ def episode(world: World, seed: int) -> list[tuple[str, str]] | None:
     return steps if world.success and fits else None
 
 
-def record(store: Locum, seed: int, steps: list[tuple[str, str]]) -> None:
-    """Records the episode as an agent's host would: what it sees is its last call's result."""
-    with store.episode(f"{LEVEL}/{seed}", domain=LEVEL, tools=TOOLS) as kept:
-        kept.message({"role": "user", "content": steps[0][0]})
-        for at, (_, action) in enumerate(steps):
-            call = {"id": f"call_{at}", "type": "function", "function": {"name": action, "arguments": "{}"}}
-            kept.message({"role": "assistant", "content": None, "tool_calls": [call]}, actor="teacher", model="babyai-bot")
-            then = steps[at + 1][0] if at + 1 < len(steps) else GOAL_REACHED
-            kept.message({"role": "tool", "tool_call_id": call["id"], "content": then})
-        kept.outcome(True, reason="the goal was reached")
+def chat(seed: int, steps: list[tuple[str, str]]) -> dict[str, Any]:
+    """The episode as an agent's host would have recorded it: what it sees is its last call's result."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": steps[0][0]}]
+    for at, (_, action) in enumerate(steps):
+        call = {"id": f"call_{at}", "type": "function", "function": {"name": action, "arguments": "{}"}}
+        messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        then = steps[at + 1][0] if at + 1 < len(steps) else GOAL_REACHED
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": then})
+    outcome = {"success": True, "reward": 1.0}
+    return {"task": LEVEL, "seed": seed, "env": LEVEL, "messages": messages, "tools": TOOLS, "outcome": outcome}
 
 
 def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="boss.py", description=__doc__.splitlines()[0])
-    p.add_argument("--store", type=Path, required=True, metavar="DIR")
-    p.add_argument("--episodes", type=int, default=100, help="to record (default: 100)")
+    p.add_argument("file", type=Path, help="JSONL, an episode a line")
+    p.add_argument("--episodes", type=int, default=100, help="to write (default: 100)")
     p.add_argument("--first-seed", type=int, default=FIRST_SEED, help=f"episodes are of the seeds from here on (default: {FIRST_SEED})")
     options = p.parse_args(arguments)
     world, seed, kept, steps = World(LEVEL), options.first_seed, 0, 0
-    try:
-        with Locum(options.store, learn=False, load_model=False) as store:
-            while kept < options.episodes:
-                played = episode(world, seed)
-                if played is not None:
-                    record(store, seed, played)
-                    kept, steps = kept + 1, steps + len(played)
-                    print(f"\r{kept} of {options.episodes} episodes", end="", file=sys.stderr)
-                seed += 1
-            store.flush(30)
-    except LocumError as e:
-        print(f"boss: {e}", file=sys.stderr)
-        return 2
+    with options.file.open("w") as file:
+        while kept < options.episodes:
+            played = episode(world, seed)
+            if played is not None:
+                file.write(json.dumps(chat(seed, played)) + "\n")
+                kept, steps = kept + 1, steps + len(played)
+                print(f"\r{kept} of {options.episodes} episodes", end="", file=sys.stderr)
+            seed += 1
     print(f"\n{kept} episodes of seeds {options.first_seed} to {seed - 1}, {steps / max(kept, 1):.0f} steps each", file=sys.stderr)
     return 0
 
