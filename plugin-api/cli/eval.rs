@@ -29,6 +29,9 @@ pub struct Ttt {
     /// Version of a student that was trained without
     #[arg(long, value_name = "VERSION")]
     plain: Option<u64>,
+    /// Read also under chunk-wise dynamic evaluation, a control that needs no training, with this step size
+    #[arg(long, value_name = "STEP")]
+    control: Option<f32>,
     /// Held-out episodes at most; 0 takes all
     #[arg(long, default_value_t = 0, value_name = "N")]
     episodes: usize,
@@ -63,6 +66,7 @@ pub fn run(command: Command, place: &Place, out: &Out) -> Result<(), Fail> {
     let options = TttOptions {
         student: args.student,
         plain: args.plain,
+        control: args.control,
         episodes: args.episodes,
         windows: args.windows.iter().map(|w| w.0).collect(),
         ..TttOptions::default()

@@ -71,6 +71,8 @@ fn updates_are_compared_on_held_out_episodes_and_the_student_is_served_by_the_ve
         "ttt",
         "--plain",
         "1",
+        "--control",
+        "0.01",
         "--episodes",
         "6",
         "--windows",
@@ -86,9 +88,15 @@ fn updates_are_compared_on_held_out_episodes_and_the_student_is_served_by_the_ve
         .collect();
     assert_eq!(
         names,
-        ["updates on", "updates off", "base", "trained without"]
+        [
+            "updates on",
+            "updates off",
+            "base",
+            "trained without",
+            "dynamic evaluation"
+        ]
     );
-    assert_eq!(windows[0]["gains"].as_array().unwrap().len(), 3);
+    assert_eq!(windows[0]["gains"].as_array().unwrap().len(), 4);
     for name in ["ttt.json", "ttt.md", "ttt.svg", "drift.svg"] {
         assert!(!text(&out.join(name)).is_empty(), "{name}");
     }

@@ -10,7 +10,9 @@ use crate::episode::{Episode, EpisodeId, Source, Split, Step};
 use crate::evaluate::ttt::{compare, streams, Comparison, Stream};
 use crate::generate::Student;
 use crate::kernels::Pool;
+use crate::model::Model;
 use crate::store::Query;
+use crate::ttt::TttConfig;
 
 /// Niceness of the reading threads.
 const NICE: i32 = 5;
@@ -22,6 +24,8 @@ pub struct TttOptions {
     pub student: Option<u64>,
     /// A second student, trained without.
     pub plain: Option<u64>,
+    /// Step size of a control: the second student, or the base where there is none, under chunk-wise dynamic evaluation.
+    pub control: Option<f32>,
     /// Held-out episodes at most; all of them if 0.
     pub episodes: usize,
     /// Tokens to which attention reaches back; `None` is everything.
@@ -45,7 +49,7 @@ impl Locum {
     /// actions. `go_on` is told episodes done and in all before each; when it says no, what was read by then is compared.
     ///
     /// # Errors
-    /// A sentence: no student, one without TTT layers, no held-out episode, all of them too short for a chunk.
+    /// A sentence: a step size that is no number, no student, one without TTT layers, no held-out episode, all of them too short for a chunk.
     pub fn eval_ttt(
         &self,
         options: &TttOptions,
@@ -61,6 +65,10 @@ impl Locum {
                 student.version
             )));
         };
+        if options.control.is_some_and(|lr| !lr.is_finite()) {
+            let why = "the step size of the control is no number";
+            return Err(Error::Argument(why.into()));
+        }
         let plain = options.plain.map(|v| inner.load_student(v)).transpose()?;
         let trained: Vec<&Student> = std::iter::once(&student)
             .chain(&plain)
@@ -81,6 +89,13 @@ impl Locum {
             ("base", &*base.student.model, false),
         ];
         variants.extend(plain.iter().map(|p| ("trained without", &*p.model, false)));
+        let control = options.control.map(|lr| {
+            let mut model = Model::clone(&plain.as_ref().unwrap_or(&base.student).model);
+            let layers = model.config.num_hidden_layers;
+            model.config.ttt = Some(TttConfig::gradient(layers, ttt.chunk_len, lr));
+            model
+        });
+        variants.extend(control.iter().map(|m| ("dynamic evaluation", m, true)));
         let alpha = match options.alpha {
             alpha if alpha > 0.0 && alpha < 1.0 => alpha,
             _ => 0.05,
