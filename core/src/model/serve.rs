@@ -312,6 +312,9 @@ impl Step<'_> {
         else {
             unreachable!("layer {layer} learns without having been trained to");
         };
+        // While answering, every second layer makes its update at the token after the edge: neither token then waits for all of them.
+        let earlier = config.layers.iter().filter(|l| usize::from(**l) < layer);
+        let puts_off = earlier.count() % 2 == 1;
         let mut y = vec![0.0; self.positions.len() * d];
         let mut plain = 0..0;
         let mut own_product = |rows: Range<usize>, y: &mut [f32]| {
@@ -330,6 +333,8 @@ impl Step<'_> {
                 own_product(reading.row..end, &mut y);
                 continue;
             };
+            let note = |update| (layer as u16, update);
+            updates.extend(weight.settle(Some(pool), config, trained).map(note));
             if let Some(link) = &self.link {
                 let (z, u) = (&z[reading.row * f..end * f], &u[reading.row * d..end * d]);
                 link.hand_on(pool, (config, trained), layer, reading.pos, weight, (z, u));
@@ -342,9 +347,12 @@ impl Step<'_> {
                     true => own_product(row..to, &mut y),
                     false => weight.apply(Some(pool), z, &mut y[row * d..to * d]),
                 }
-                match weight.absorb(Some(pool), config, trained, z, u) {
-                    Chunk::Learned(update) => updates.push((layer as u16, update)),
-                    Chunk::Waits | Chunk::Due => {}
+                let chunk = match puts_off && reading.len == 1 {
+                    true => weight.take_in(Some(pool), config, trained, z, u),
+                    false => weight.absorb(Some(pool), config, trained, z, u),
+                };
+                if let Chunk::Learned(update) = chunk {
+                    updates.push(note(update));
                 }
                 row = to;
             }
