@@ -223,6 +223,7 @@ impl Active {
             Some(rule) => rule(&fast::seen(fast, sequence.ids.len(), behind_chunk)),
             None => FastOrder::default(),
         };
+        fast.at_once = self.job.fast_rule.is_some();
         if order.reset {
             fast.reset();
         }

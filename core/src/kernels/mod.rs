@@ -46,4 +46,4 @@ pub use random::Random;
 pub use simd::{axpy, dot, features, limit_features, Features, Isa};
 pub use softmax::{cross_entropy, log_sum_exp, RowLoss};
 pub use speed::f32_limit;
-pub use vector::{add, squared_distance};
+pub use vector::{add, add_product, squared_distance};

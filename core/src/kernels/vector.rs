@@ -1,4 +1,4 @@
-//! Sums of long vectors over the pool, and how far two are apart.
+//! Sums and products of vectors, and how far two are apart.
 
 use super::lanes::{on_lanes, Lanes, OnLanes, LANES};
 use super::pool::{Pool, SharedMut};
@@ -21,6 +21,41 @@ pub fn add(pool: &Pool, x: &[f32], y: &mut [f32]) {
             *y += x;
         }
     });
+}
+
+/// `out += x ∘ y`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add_product(x: &[f32], y: &[f32], out: &mut [f32]) {
+    assert_eq!((x.len(), y.len()), (out.len(), out.len()));
+    on_lanes(AddProduct { x, y, out });
+}
+
+struct AddProduct<'a> {
+    x: &'a [f32],
+    y: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl OnLanes for AddProduct<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self) {
+        let (x, y) = (self.x.as_chunks::<LANES>(), self.y.as_chunks::<LANES>());
+        let (out, rest) = self.out.as_chunks_mut::<LANES>();
+        for ((x, y), out) in x.0.iter().zip(y.0).zip(out) {
+            // SAFETY: each is sixteen numbers.
+            unsafe {
+                let product = L::load(x.as_ptr()).mul(L::load(y.as_ptr()));
+                L::load(out.as_ptr()).add(product).store(out.as_mut_ptr());
+            }
+        }
+        for ((x, y), out) in x.1.iter().zip(y.1).zip(rest) {
+            *out += x * y;
+        }
+    }
 }
 
 /// `Σ (a - b)²`: short sums in `f32`, long ones in `f64`, so that the error stays that of a short sum.
@@ -72,6 +107,18 @@ mod tests {
             assert!((got - want).abs() <= 1e-6 * want, "{n}: {got} {want}");
         }
         assert!(squared_distance(&[f32::NAN], &[0.0]).is_nan());
+    }
+
+    #[test]
+    fn products_of_pairs_are_added_wherever_they_stand() {
+        for n in [0, 5, 16, 37] {
+            let x: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let mut out = vec![0.5; n];
+            add_product(&x, &x, &mut out);
+            for (i, out) in out.iter().enumerate() {
+                assert_eq!(*out, (i * i) as f32 + 0.5);
+            }
+        }
     }
 
     #[test]

@@ -151,6 +151,8 @@ pub struct FastWeights {
     pub(super) config: Option<Arc<TttConfig>>,
     /// In [`TttMode::Gradient`], of the tokens of the open chunk: what the first of the layers read (n, d).
     pub(super) inputs: Vec<f32>,
+    /// While set, all layers make their updates at the edge itself, also while answering, for whoever looks at them there.
+    pub at_once: bool,
     /// While set, the trained weights play and nothing is learned.
     pub(super) off: bool,
 }

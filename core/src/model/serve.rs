@@ -421,6 +421,10 @@ impl Step<'_> {
             self.model.config.hidden_size,
             self.model.config.intermediate_size,
         );
+        // While answering, every second layer makes its update at the token after the edge: neither token then waits for all of them.
+        let of_model = self.model.config.ttt.iter().flat_map(|ttt| &ttt.layers);
+        let earlier = of_model.filter(|l| usize::from(**l) < layer);
+        let puts_off = earlier.count() % 2 == 1;
         let mut y = vec![0.0; self.positions.len() * d];
         let mut plain = 0..0;
         let mut own_product = |rows: Range<usize>, y: &mut [f32]| {
@@ -437,6 +441,7 @@ impl Step<'_> {
                 updates,
                 config,
                 off,
+                at_once,
                 ..
             } = &mut **fast;
             let (Some(weight), Some(config)) = (layers.get_mut(&(layer as u16)), config) else {
@@ -455,6 +460,8 @@ impl Step<'_> {
             let Some(trained) = trained else {
                 unreachable!("layer {layer} learns without having been trained to");
             };
+            let note = |update| (layer as u16, update);
+            updates.extend(weight.settle(Some(pool), config, trained).map(note));
             if let Some(link) = &self.link {
                 let (z, u) = (&z[reading.row * f..end * f], &u[reading.row * d..end * d]);
                 link.hand_on(pool, (config, trained), layer, reading.pos, weight, (z, u));
@@ -467,10 +474,13 @@ impl Step<'_> {
                     true => own_product(row..to, &mut y),
                     false => weight.apply(Some(pool), z, &mut y[row * d..to * d]),
                 }
-                match weight.absorb(Some(pool), config, trained, z, u) {
-                    Chunk::Learned(update) => updates.push((layer as u16, update)),
-                    // The gradient comes once all layers have read the chunk.
-                    Chunk::Waits | Chunk::Due => {}
+                let chunk = match puts_off && reading.len == 1 && !*at_once {
+                    true => weight.take_in(Some(pool), config, trained, z, u),
+                    false => weight.absorb(Some(pool), config, trained, z, u),
+                };
+                // A gradient comes once all layers have read the chunk.
+                if let Chunk::Learned(update) = chunk {
+                    updates.push(note(update));
                 }
                 row = to;
             }

@@ -78,6 +78,7 @@ impl Model {
         spans: &[Range<usize>],
     ) -> bool {
         let d = self.config.hidden_size;
+        self.settle(&pools[0], &mut sequence.fast);
         let exchange = Exchange::new(spans.len());
         let mut fasts: Vec<FastWeights> = spans
             .iter()
@@ -131,6 +132,20 @@ impl Model {
         sequence.kv.advance(ids.len());
         sequence.ids.extend_from_slice(ids);
         true
+    }
+
+    /// Makes the updates that were put off, once for all workers.
+    fn settle(&self, pool: &Pool, fast: &mut FastWeights) {
+        let FastWeights {
+            layers, updates, ..
+        } = fast;
+        for (layer, weight) in layers {
+            let trained = self.ttt_layer(usize::from(*layer));
+            if let Some((config, trained)) = self.config.ttt.as_ref().zip(trained) {
+                let update = weight.settle(Some(pool), config, trained);
+                updates.extend(update.map(|update| (*layer, update)));
+            }
+        }
     }
 }
 

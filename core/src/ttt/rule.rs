@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::TttLayer;
-use crate::kernels::{axpy, matmul, matmul_nt_small, Mat, MatMut, Pool, SharedMut};
+use crate::kernels::{add_product, axpy, matmul, matmul_nt_small, Mat, MatMut, Pool, SharedMut};
 
 /// Rows up to which a product is memory-bound and read row by row, as in the model's own products.
 const SMALL_ROWS: usize = 6;
@@ -48,9 +48,7 @@ pub(super) fn filter(
         let out = unsafe { shared.slice(part * piece * d, rows.len() * d) };
         for (j, out) in rows.zip(out.chunks_exact_mut(d)) {
             for (tap, from) in taps.around(j, n) {
-                for ((out, tap), u) in out.iter_mut().zip(tap).zip(&u[from * d..(from + 1) * d]) {
-                    *out += tap * u;
-                }
+                add_product(tap, &u[from * d..(from + 1) * d], out);
             }
         }
     });

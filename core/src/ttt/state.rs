@@ -122,6 +122,8 @@ pub struct FastWeight {
     u: Arc<Vec<f32>>,
     position: usize,
     drift: f32,
+    /// What waits is a whole chunk, whose update was put off.
+    due: bool,
 }
 
 impl FastWeight {
@@ -139,6 +141,7 @@ impl FastWeight {
             u: Arc::default(),
             position: 0,
             drift: 0.0,
+            due: false,
         }
     }
 
@@ -238,7 +241,7 @@ impl FastWeight {
     /// the chunk. For callers that compute the product themselves; [`Self::forward`] does both. Shapes: z (n, f), u (n, d).
     ///
     /// # Panics
-    /// If the lengths do not fit or the tokens go past the edge.
+    /// If the lengths do not fit, the tokens go past the edge, or an update that was put off was not made.
     pub fn absorb(
         &mut self,
         pool: Option<&Pool>,
@@ -247,6 +250,26 @@ impl FastWeight {
         z: &[f32],
         u: &[f32],
     ) -> Chunk {
+        match self.take_in(pool, config, layer, z, u) {
+            Chunk::Waits => self.settle_as(pool, config, layer),
+            chunk => chunk,
+        }
+    }
+
+    /// [`Self::absorb`], but in [`FastFormat::Q8`] an update of tokens that came in several calls is put off until [`Self::settle`], which must come before
+    /// anything else that reads the weight: so that not all layers have to make theirs at one token.
+    ///
+    /// # Panics
+    /// As [`Self::absorb`].
+    pub fn take_in(
+        &mut self,
+        pool: Option<&Pool>,
+        config: &TttConfig,
+        layer: TttLayer,
+        z: &[f32],
+        u: &[f32],
+    ) -> Chunk {
+        assert!(!self.due, "an update that was put off was not made");
         let (d, f) = self.start.shape();
         let (c, n) = (config.chunk_len, u.len() / d);
         assert_eq!((z.len(), u.len()), (n * f, n * d), "(n, f) and (n, d)");
@@ -275,6 +298,28 @@ impl FastWeight {
         if !full {
             return Chunk::Waits;
         }
+        self.due = true;
+        match self.start.format {
+            FastFormat::F32 => self.settle_as(pool, config, layer),
+            FastFormat::Q8 => Chunk::Waits,
+        }
+    }
+
+    fn settle_as(&mut self, pool: Option<&Pool>, config: &TttConfig, layer: TttLayer) -> Chunk {
+        let update = self.settle(pool, config, layer);
+        update.map_or(Chunk::Waits, Chunk::Learned)
+    }
+
+    /// Makes the update that was put off, if there is one.
+    pub fn settle(
+        &mut self,
+        pool: Option<&Pool>,
+        config: &TttConfig,
+        layer: TttLayer,
+    ) -> Option<Update> {
+        if !std::mem::take(&mut self.due) {
+            return None;
+        }
         let (mut z, mut u) = (std::mem::take(&mut self.z), std::mem::take(&mut self.u));
         let update = self.learn(pool, config, layer, &z, &u);
         // The next chunk will want the room, unless a snapshot still reads what is in it.
@@ -284,7 +329,7 @@ impl FastWeight {
                 *own = Arc::new(std::mem::take(buffer));
             }
         }
-        Chunk::Learned(update)
+        Some(update)
     }
 
     /// Lets `n` tokens pass that are not learned from, for stretches with the updates off. The chunk they fall into is not learned from
@@ -352,7 +397,7 @@ impl FastWeight {
     /// it can take in are there: about a sixteenth of the weight at a call. Nothing depends on it but the time that is left to do.
     pub fn sum_ahead(&mut self, pool: Option<&Pool>, config: &TttConfig) {
         let first = first_rows(config.chunk_len);
-        if self.rows_ahead != first || first == 0 || config.lr == 0.0 {
+        if self.due || self.rows_ahead != first || first == 0 || config.lr == 0.0 {
             return;
         }
         let shape = self.start.shape();
@@ -560,6 +605,7 @@ impl FastWeight {
     }
 
     fn drop_waiting(&mut self) {
+        self.due = false;
         self.z = Arc::default();
         self.u = Arc::default();
         self.forget_ahead();

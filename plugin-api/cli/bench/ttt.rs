@@ -23,11 +23,12 @@ const BEFORE: usize = 384;
 
 pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let Loaded { model, name, .. } = args.load(place)?;
-    let tokens = args.tokens().unwrap_or(TOKENS);
     let model = student(model)?;
+    let chunk = model.config.ttt.as_ref().map_or(1, |ttt| ttt.chunk_len);
+    // Half a chunk past the last edge, for some updates are made a token late.
+    let tokens = args.tokens().unwrap_or(TOKENS) / chunk * chunk;
     let longest = PROMPTS[1].max(BEFORE + tokens).max(model.max_positions());
     let model = model.with_positions(longest);
-    let chunk = model.config.ttt.as_ref().map_or(1, |ttt| ttt.chunk_len);
     let pool = args.pool();
     if tokens < 3 * chunk {
         return Err(Fail::Missing {
