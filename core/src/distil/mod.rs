@@ -223,8 +223,8 @@ pub fn run(
     let version = context.registry.next_version()?;
     let held_out_loss = trained.curve.last().and_then(|p| p.held_out_loss);
     // What is judged is what will be served.
-    let served = trained.model.clone().packed(context.weights);
-    let served = Arc::new(served.sharing(&context.base.model));
+    let served = trained.model.clone();
+    let served = Arc::new(served.packed_beside(context.weights, &context.base.model));
     let mut go_on = || tell(&Stage::Evaluating { done: 0, of: 1 }) == Flow::Go;
     let ttt = match served.config.ttt {
         Some(_) => {

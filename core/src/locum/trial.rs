@@ -313,7 +313,7 @@ impl Inner {
         }
         let base = self.base.as_ref().ok_or(Error::NoModel)?;
         let (manifest, model, chat) = self.registry.load(version)?;
-        let model = model.packed(self.weights).sharing(&base.student.model);
+        let model = model.packed_beside(self.weights, &base.student.model);
         let exact = manifest
             .evaluation
             .pointer("/candidate")

@@ -1,6 +1,6 @@
 //! How a model in service keeps its matrices, and how it multiplies by them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
@@ -106,7 +106,37 @@ pub(super) type Unpacked = Mutex<BTreeMap<ParamId, Arc<Vec<f32>>>>;
 impl Model {
     /// The model for serving: its matrices in `format`, in the order in which products read them, and no longer in `f32`. It runs
     /// forward only; it can be neither trained nor saved.
-    pub fn packed(mut self, format: WeightFormat) -> Self {
+    pub fn packed(self, format: WeightFormat) -> Self {
+        self.packed_by(format, &|_| format)
+    }
+
+    /// [`Self::packed`] for a model that was trained from `base`, which is packed in the same format: what is the base's own is taken
+    /// from there. In 4 bits what training changed is kept in 8, for the change is smaller than a step of 4 bits, and rounding would
+    /// take it back: a student that lies beside its base on a grid of 4 bits *is* its base.
+    pub fn packed_beside(self, format: WeightFormat, base: &Model) -> Self {
+        // A student's file holds the base's numbers in bf16.
+        let rounded = |x: f32| half::bf16::from_f32(x).to_f32();
+        let same = |(own, base): (&f32, f32)| *own == base || *own == rounded(base);
+        let changed = |id: &ParamId| match (
+            base.packed.get(id).map(|w| &**w),
+            self.weights.params.get(id),
+        ) {
+            (Some(Packed::Q4(base)), Some(own)) => !own.iter().zip(base.unpack()).all(same),
+            _ => false,
+        };
+        let changed: BTreeSet<ParamId> = match format {
+            WeightFormat::Q4 => base.packed.keys().copied().filter(changed).collect(),
+            _ => BTreeSet::new(),
+        };
+        let of = |id| match changed.contains(&id) {
+            true => WeightFormat::Q8,
+            false => format,
+        };
+        self.packed_by(format, &of).sharing(base)
+    }
+
+    /// Each matrix in the format that `of` says; those beside the matrices as `format` has it.
+    fn packed_by(mut self, format: WeightFormat, of: &dyn Fn(ParamId) -> WeightFormat) -> Self {
         let mut ids: Vec<ParamId> = (0..self.config.num_hidden_layers as u16)
             .flat_map(|layer| LINEARS.map(|p| ParamId::Layer(layer, p)))
             .collect();
@@ -118,9 +148,9 @@ impl Model {
             let Some(w) = self.weights.params.get(&id) else {
                 continue;
             };
-            let format = match (format, id) {
+            let format = match (of(id), id) {
                 (WeightFormat::Q4, ParamId::Embed | ParamId::Head) => WeightFormat::Q8,
-                _ => format,
+                (format, _) => format,
             };
             let shape = id.shape(&self.config);
             // A down-projection that learns begins with the trained numbers, not with their rounding.
@@ -487,5 +517,37 @@ mod tests {
             refused.to_string().contains("packed for serving"),
             "{refused}"
         );
+    }
+
+    #[test]
+    fn four_bits_do_not_take_back_what_a_student_was_trained() {
+        let (_, model) = tiny();
+        // A base that stands on a grid of 4 bits, as one from a file of 4 bits does.
+        let base = model.packed(WeightFormat::Q4);
+        let plain = base.unpacked();
+        let mut student = plain.clone();
+        student.round_to_bf16();
+        let id = ParamId::Layer(1, crate::model::LayerParam::Up);
+        let trained = Arc::make_mut(student.weights.params.get_mut(&id).unwrap());
+        let mut random = crate::kernels::Random::new(3);
+        trained
+            .iter_mut()
+            .for_each(|w| *w += 0.001 * random.normal() as f32);
+        let trained = trained.clone();
+        // Rounded to 4 bits it is its base again.
+        let rounded = student.clone().packed(WeightFormat::Q4);
+        assert!(*rounded.packed[&id] == *base.packed[&id]);
+
+        let served = student.packed_beside(WeightFormat::Q4, &base);
+        for (key, own) in served.packed.iter() {
+            assert_eq!(Arc::ptr_eq(own, &base.packed[key]), *key != id, "{key:?}");
+        }
+        let apart = |a: &[f32], b: &[f32]| {
+            let square = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+            square.sum::<f64>().sqrt()
+        };
+        let change = apart(&trained, &plain.weights.params[&id]);
+        let lost = apart(&trained, &served.packed[&id].unpack());
+        assert!(lost < 0.5 * change, "{lost} of {change}");
     }
 }

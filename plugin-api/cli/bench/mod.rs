@@ -184,6 +184,7 @@ impl Args {
                 chat: Chat::load(dir).map_err(Error::from)?,
                 name: dir.display().to_string(),
                 view: None,
+                base: None,
             });
         }
         place.must_exist()?;
@@ -195,6 +196,7 @@ impl Args {
                 chat,
                 name: format!("student {version} ({})", manifest.id),
                 view: Some(manifest.view),
+                base: Some(registry.load_base(&self.base_dir(place)?)?.0),
             });
         }
         let dir = self.base_dir(place)?;
@@ -204,6 +206,7 @@ impl Args {
             chat,
             name: dir.display().to_string(),
             view: None,
+            base: None,
         })
     }
 }
@@ -231,6 +234,8 @@ struct Loaded {
     name: String,
     /// The view it learned under; absent for a base model.
     view: Option<View>,
+    /// What a student was trained from.
+    base: Option<Model>,
 }
 
 /// Seconds of `runs` calls after one that warms caches and clocks, in ascending order.

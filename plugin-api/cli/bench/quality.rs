@@ -23,6 +23,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
         chat,
         name,
         view,
+        base,
     } = args.load(place)?;
     let store = place.read()?;
     let policy = load_policy(None)?;
@@ -61,7 +62,10 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     ]);
     let mut rows = Vec::new();
     for format in args.formats(&[Weights::F32, Weights::Bf16, Weights::Q8, Weights::Q4]) {
-        let packed = model.clone().packed(format);
+        let packed = match base.clone() {
+            Some(base) => model.clone().packed_beside(format, &base.packed(format)),
+            None => model.clone().packed(format),
+        };
         let got = answers(&packed, &pool, &picked);
         let row = compare(&exact, &got, &picked);
         table.row([
