@@ -15,6 +15,8 @@ use crate::ttt::Update;
 
 /// Tokens read between two looks at what is to be forgotten, so a window is kept to that many.
 const PIECE: usize = 128;
+/// Tokens at the beginning of a text that stay in reach under every window: attention rests on them.
+const SINK: usize = 16;
 /// Seed of all intervals.
 const SEED: u64 = 20_260_406;
 /// Episodes that a verdict needs.
@@ -65,7 +67,8 @@ pub struct Seen {
 pub struct Reading {
     /// Whether TTT layers learn.
     pub learning: bool,
-    /// Tokens to which attention reaches back, give or take a piece of 128; everything if `None`. Fast weights have read everything.
+    /// Tokens to which attention reaches back, give or take a piece of 128, beside the first 16; everything if `None`. Fast weights
+    /// have read everything.
     pub window: Option<usize>,
 }
 
@@ -90,7 +93,7 @@ fn read_and_watch(
     how: Reading,
     updates: &mut Vec<(u16, Update)>,
 ) -> Result<Vec<Seen>, ModelError> {
-    let room = how.window.map_or(stream.ids.len(), |w| w + PIECE);
+    let room = how.window.map_or(stream.ids.len(), |w| w + PIECE + SINK);
     let mut sequence = model.sequence(room.min(stream.ids.len()), how.learning);
     let blocks = model.config.attention_shape().keys();
     let mut nll = vec![0f32; stream.ids.len()];
@@ -114,7 +117,7 @@ fn read_and_watch(
         }
         if let Some(window) = how.window {
             // Whole blocks are forgotten, so at most `window` tokens stay.
-            sequence.forget(blocks.whole_blocks(to.saturating_sub(window)));
+            sequence.forget(blocks.whole_blocks(to.saturating_sub(window)), SINK);
         }
     }
     let of = |span: &Range<usize>| Seen {

@@ -7,13 +7,14 @@ use super::Config;
 use crate::kernels::KeyLayout;
 use crate::ttt::{FastWeight, TttConfig, TttMode, Update};
 
-/// Keys and values of one sequence, those of the positions `first..len`: per layer keys as [`KeyLayout`] has them and values
-/// (capacity, g, e).
+/// Keys and values of one sequence, those of the positions `0..sink` and `first..len`: per layer keys as [`KeyLayout`] has them and
+/// values (capacity, g, e).
 #[derive(Clone)]
 pub struct KvCache {
     len: usize,
-    /// Positions forgotten, whole blocks of the layout.
+    /// The first position behind those forgotten, and those before them that stay; whole blocks of the layout.
     first: usize,
+    sink: usize,
     /// A multiple of the layout's blocks.
     capacity: usize,
     width: usize,
@@ -33,6 +34,7 @@ impl KvCache {
         Self {
             len: 0,
             first: 0,
+            sink: 0,
             capacity,
             width,
             keys,
@@ -47,7 +49,15 @@ impl KvCache {
 
     /// Positions whose keys and values are still there.
     pub fn held(&self) -> usize {
-        self.len - self.first
+        self.sink + self.len - self.first
+    }
+
+    /// The first position that can be gone back to.
+    fn begins(&self) -> usize {
+        match self.first > self.sink {
+            true => self.first,
+            false => 0,
+        }
     }
 
     /// True before the first token.
@@ -65,16 +75,21 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
-    /// Forgets the positions before `position`, down to whole blocks; returns from which on they are still there.
-    fn forget(&mut self, position: usize) -> usize {
-        let blocks = position.min(self.len) / self.keys.whole_blocks(1);
-        let first = blocks * self.keys.whole_blocks(1);
+    /// Forgets the positions before `position` but the first `keep`, in whole blocks; returns from which on they are still there.
+    fn forget(&mut self, position: usize, keep: usize) -> usize {
+        let block = self.keys.whole_blocks(1);
+        let first = position.min(self.len) / block * block;
+        if self.begins() == 0 {
+            self.sink = self.keys.whole_blocks(keep).min(first);
+            self.first = self.sink;
+        }
         let gone = first.saturating_sub(self.first);
         if gone > 0 {
-            let (gone_numbers, held) = (gone * self.width, self.held());
+            let (to, held) = (self.sink * self.width, self.held());
+            let from = to + gone * self.width;
             for (k, v) in &mut self.layers {
-                k.copy_within(gone_numbers..self.keys.len(held), 0);
-                v.copy_within(gone_numbers..held * self.width, 0);
+                k.copy_within(from..self.keys.len(held), to);
+                v.copy_within(from..held * self.width, to);
             }
             self.first = first;
         }
@@ -83,11 +98,12 @@ impl KvCache {
 
     /// A copy of the positions up to `len`, with room for `capacity`.
     fn prefix(&self, len: usize, capacity: usize) -> Self {
-        let first = self.first;
-        let held = len.min(self.len) - first;
+        let len = len.min(self.len);
+        let gone = self.first - self.sink;
+        let held = len - gone;
         let capacity = self
             .keys
-            .whole_blocks(capacity.saturating_sub(first).max(held));
+            .whole_blocks(capacity.saturating_sub(gone).max(held));
         let copy = |from: &[f32], positions: usize| {
             let mut to = vec![0.0; capacity * self.width];
             to[..positions * self.width].copy_from_slice(&from[..positions * self.width]);
@@ -99,8 +115,9 @@ impl KvCache {
             .map(|(k, v)| (copy(k, self.keys.whole_blocks(held)), copy(v, held)))
             .collect();
         Self {
-            len: first + held,
-            first,
+            len,
+            first: self.first,
+            sink: self.sink,
             capacity,
             width: self.width,
             keys: self.keys,
@@ -328,18 +345,19 @@ impl Sequence {
         self.kv.bytes() + self.fast.bytes()
     }
 
-    /// Lets attention reach no further back than `position`, to whole blocks of keys before it, and returns how far it does reach.
-    /// Fast weights keep what they learned from the tokens before; positions and chunks' edges stay where they are. This cannot be
-    /// taken back.
-    pub fn forget(&mut self, position: usize) -> usize {
-        self.kv.forget(position)
+    /// Lets attention reach no further back than `position`, to whole blocks of keys before it, and returns how far it does reach; and
+    /// beyond to the first `keep` positions, which the first call settles. Many models rest their attention on their first tokens and
+    /// break without them (StreamingLLM, arXiv:2309.17453). Fast weights keep what they learned from the tokens before; positions and
+    /// chunks' edges stay where they are. This cannot be taken back.
+    pub fn forget(&mut self, position: usize, keep: usize) -> usize {
+        self.kv.forget(position, keep)
     }
 
     /// A sequence that begins with this one's first `len` tokens, with room for `capacity`; nothing beyond them is copied. `None` if
     /// what was learned from later tokens cannot be taken back, or the tokens before were forgotten.
     pub fn prefix(&self, len: usize, capacity: usize) -> Option<Self> {
         let len = len.min(self.ids.len());
-        if len < self.kv.first {
+        if len < self.kv.begins() {
             return None;
         }
         let mut fast = FastWeights {
@@ -357,7 +375,7 @@ impl Sequence {
     /// taken back, or the tokens before were forgotten.
     #[must_use]
     pub fn truncate(&mut self, len: usize) -> bool {
-        if len < self.kv.first || !self.fast.truncate(len) {
+        if len < self.kv.begins() || !self.fast.truncate(len) {
             return false;
         }
         self.ids.truncate(len);

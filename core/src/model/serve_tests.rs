@@ -485,7 +485,12 @@ mod slow {
     }
 
     /// Hidden states (t, d); the tokens `from..to` of a piece see keys from `first` on.
-    pub fn read(model: &Model, ids: &[u32], pieces: &[(usize, usize, usize)]) -> Vec<f32> {
+    pub fn read(
+        model: &Model,
+        ids: &[u32],
+        pieces: &[(usize, usize, usize)],
+        sink: usize,
+    ) -> Vec<f32> {
         let c = &model.config;
         let (e, heads, groups) = (c.head_dim, c.num_attention_heads, c.num_key_value_heads);
         let inv: Vec<f32> = c.inv_freq().iter().map(|f| *f as f32).collect();
@@ -513,9 +518,15 @@ mod slow {
                             let dot: f32 = part(k).iter().zip(q).map(|(a, b)| a * b).sum();
                             (dot / (e as f32).sqrt()).exp()
                         };
-                        let scores: Vec<f32> = keys[layer][first..].iter().map(score).collect();
+                        let seen: Vec<usize> = (0..sink.min(first))
+                            .chain(first..keys[layer].len())
+                            .collect();
+                        let scores: Vec<f32> =
+                            seen.iter().map(|at| score(&keys[layer][*at])).collect();
                         let total: f32 = scores.iter().sum();
-                        for (score, v) in scores.iter().zip(&values[layer][first..]) {
+                        for (score, v) in
+                            scores.iter().zip(seen.iter().map(|at| &values[layer][*at]))
+                        {
                             for (to, v) in mixed[head * e..].iter_mut().zip(part(v)) {
                                 *to += score / total * v;
                             }
@@ -548,12 +559,21 @@ fn what_was_forgotten_is_as_if_masked_out_and_positions_stay() {
     let model = Model::load(dir.path()).unwrap();
     let pool = Pool::new(2, 0);
     let ids: Vec<u32> = (0..200).map(|i| 3 + (i * i * 7 + i) % 90).collect();
-    for (piece, window) in [(32, 48), (50, 33), (7, 20), (200, 16)] {
+    let cases = [
+        (32, 48, 0),
+        (50, 33, 0),
+        (7, 20, 0),
+        (200, 16, 0),
+        (32, 48, 16),
+        (7, 20, 20),
+    ];
+    for (piece, window, keep) in cases {
         let pieces = (0..ids.len()).step_by(piece).map(|from| {
             let first = from.saturating_sub(window).next_multiple_of(16).min(from);
             (from, ids.len().min(from + piece), first / 16 * 16)
         });
-        let want = slow::read(&model, &ids, &pieces.collect::<Vec<_>>());
+        let sink = keep.next_multiple_of(16);
+        let want = slow::read(&model, &ids, &pieces.collect::<Vec<_>>(), sink);
         let mut sequence = Sequence::new(&model.config, 4);
         let mut got = Vec::new();
         for new in ids.chunks(piece) {
@@ -561,9 +581,10 @@ fn what_was_forgotten_is_as_if_masked_out_and_positions_stay() {
             let read = sequence.ids.len();
             let first = read.saturating_sub(window).next_multiple_of(16).min(read);
             // Down to whole blocks, which only the last piece may end beside.
-            let kept_from = sequence.forget(first);
+            let kept_from = sequence.forget(first, keep);
             assert_eq!(kept_from, first / 16 * 16);
-            assert_eq!(sequence.kv.len() - sequence.kv.held(), kept_from);
+            let gone = sequence.kv.len() - sequence.kv.held();
+            assert_eq!(gone, kept_from.saturating_sub(sink));
         }
         let far = got
             .iter()
@@ -578,7 +599,8 @@ fn what_was_forgotten_is_as_if_masked_out_and_positions_stay() {
             "a window of {window} changes what is read"
         );
         // What is gone cannot be gone back to.
-        let first = sequence.kv.len() - sequence.kv.held();
+        let gone = sequence.kv.len() - sequence.kv.held();
+        let first = if gone > 0 { gone + sink } else { 0 };
         if first > 0 {
             assert!(!sequence.truncate(first - 1) && sequence.prefix(first - 1, 0).is_none());
         }
