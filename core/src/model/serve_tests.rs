@@ -484,7 +484,7 @@ mod slow {
         }
     }
 
-    /// Hidden states (t, d); the tokens `from..to` of a piece see keys from `first` on.
+    /// Hidden states (t, d); the tokens `from..to` of a piece see keys from `first` on, and the first `sink`.
     pub fn read(
         model: &Model,
         ids: &[u32],
