@@ -559,7 +559,7 @@ fn what_was_forgotten_is_as_if_masked_out_and_positions_stay() {
     let model = Model::load(dir.path()).unwrap();
     let pool = Pool::new(2, 0);
     let ids: Vec<u32> = (0..200).map(|i| 3 + (i * i * 7 + i) % 90).collect();
-    let cases = [
+    let cases: [(usize, usize, usize); 6] = [
         (32, 48, 0),
         (50, 33, 0),
         (7, 20, 0),
