@@ -116,7 +116,7 @@ fn a_window_hides_what_was_read_long_ago_and_only_that() {
     let model = plain(dir.path());
     // Two layers carry what a window shows over at most twice its length.
     let (a, mut b) = (stream(600, 9), stream(600, 9));
-    b.ids[..40].reverse();
+    b.ids[SINK..SINK + 40].reverse();
     let seen = |stream: &Stream, window| {
         let how = Reading { window, ..WHOLE };
         read(&pool, &model, stream, how).unwrap()
