@@ -537,9 +537,12 @@ mod tests {
         let trained = trained.clone();
         let rounded = student.clone().packed(WeightFormat::Q4);
         let served = student.packed_beside(WeightFormat::Q4, &base);
-        for (key, own) in served.packed.iter() {
-            assert_eq!(Arc::ptr_eq(own, &base.packed[key]), *key != id, "{key:?}");
+        // The head is in 8 bits, which do not hold what bf16 has rounded.
+        let four = |w: &Packed| matches!(w, Packed::Q4(_));
+        for (key, own) in base.packed.iter().filter(|(_, w)| four(w)) {
+            assert_eq!(Arc::ptr_eq(own, &served.packed[key]), *key != id, "{key:?}");
         }
+        assert!(!four(&served.packed[&id]));
         let apart = |a: &[f32], b: &[f32]| {
             let square = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
             square.sum::<f64>().sqrt()
