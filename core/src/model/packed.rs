@@ -113,27 +113,27 @@ impl Model {
     /// [`Self::packed`] for a model that was trained from `base`, which is packed in the same format: what is the base's own is taken
     /// from there. In 4 bits what training changed is kept in 8, for the change is smaller than a step of 4 bits, and rounding would
     /// take it back: a student that lies beside its base on a grid of 4 bits *is* its base.
-    pub fn packed_beside(mut self, format: WeightFormat, base: &Model) -> Self {
-        let mut changed = BTreeSet::new();
+    pub fn packed_beside(self, format: WeightFormat, base: &Model) -> Self {
+        let (mut kept, mut changed) = (Vec::new(), BTreeSet::new());
         // A student's file holds the base's numbers in bf16.
         let rounded = |x: f32| half::bf16::from_f32(x).to_f32();
-        for (id, of_base) in base.packed.iter().filter(|_| format == WeightFormat::Q4) {
-            let (Packed::Q4(of_base), Some(own)) = (&**of_base, self.weights.params.get_mut(id))
-            else {
-                continue;
-            };
-            let of_base = of_base.unpack();
-            let mut both = own.iter().zip(&of_base);
-            match both.all(|(own, base)| own == base || *own == rounded(*base)) {
-                true => *own = Arc::new(of_base),
-                false => _ = changed.insert(*id),
+        let same = |(own, base): (&f32, f32)| *own == base || *own == rounded(base);
+        for (id, packed) in base.packed.iter().filter(|_| format == WeightFormat::Q4) {
+            match (&**packed, self.weights.params.get(id)) {
+                (Packed::Q4(w), Some(own)) if own.iter().zip(w.unpack()).all(same) => {
+                    kept.push((*id, packed.clone()));
+                }
+                (Packed::Q4(_), Some(_)) => _ = changed.insert(*id),
+                _ => {}
             }
         }
         let of = |id| match changed.contains(&id) {
             true => WeightFormat::Q8,
             false => format,
         };
-        self.packed_by(format, &of).sharing(base)
+        let mut model = self.packed_by(format, &of);
+        Arc::make_mut(&mut model.packed).extend(kept);
+        model.sharing(base)
     }
 
     /// Each matrix in the format that `of` says; those beside the matrices as `format` has it.
