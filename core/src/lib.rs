@@ -8,6 +8,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod limits;
+pub mod threads;
 pub mod episode;
 pub mod calls;
 pub mod view;

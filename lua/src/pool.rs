@@ -1,5 +1,6 @@
 //! The states of one policy, and the books kept about its hooks.
 
+use locum_core::threads::spawn_quiet;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -89,11 +90,7 @@ impl Pool {
             }
             pool.replaced.fetch_add(1, Ordering::Relaxed);
         };
-        if std::thread::Builder::new()
-            .name("locum-lua-state".into())
-            .spawn(replace)
-            .is_err()
-        {
+        if spawn_quiet("locum-lua-state", replace).is_err() {
             // The closure, and with it the state, is gone.
             self.alive.fetch_sub(1, Ordering::Relaxed);
         }

@@ -4,6 +4,7 @@
 //! then the policy is run. Luau's compiler turns calls of well-known functions into instructions that work without looking the
 //! function up, so removing a global is not enough: the compiler is told about those that are gone ([`REMOVED`]).
 
+use locum_core::threads::spawn_quiet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{mpsc, Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -154,17 +155,15 @@ impl Program {
         }
         let text = source.strip_prefix('\u{feff}').unwrap_or(source).to_owned();
         let (send, receive) = mpsc::channel();
-        let worker = std::thread::Builder::new()
-            .name("locum-lua-compile".into())
-            .spawn(move || {
-                let removed = REMOVED.iter().map(|name| name.to_string());
-                let compiler = Compiler::new()
-                    .set_optimization_level(1)
-                    .set_debug_level(1)
-                    .set_mutable_globals(removed);
-                // The receiver is gone if this took too long.
-                let _ = send.send(compiler.compile(text.as_bytes()));
-            });
+        let worker = spawn_quiet("locum-lua-compile", move || {
+            let removed = REMOVED.iter().map(|name| name.to_string());
+            let compiler = Compiler::new()
+                .set_optimization_level(1)
+                .set_debug_level(1)
+                .set_mutable_globals(removed);
+            // The receiver is gone if this took too long.
+            let _ = send.send(compiler.compile(text.as_bytes()));
+        });
         worker.map_err(|e| PolicyError::State {
             name: name.clone(),
             message: e.to_string(),

@@ -10,6 +10,7 @@
 //!
 //! All `unsafe` of this crate is in this file.
 
+use locum_core::threads::spawn_quiet;
 use std::ffi::c_int;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -67,9 +68,7 @@ impl Watchdog {
     pub fn start() -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = shared.clone();
-        let thread = std::thread::Builder::new()
-            .name("locum-lua-watch".into())
-            .spawn(move || theirs.keep_watch())?;
+        let thread = spawn_quiet("locum-lua-watch", move || theirs.keep_watch())?;
         *lock(&shared.thread) = Some(thread.thread().clone());
         Ok(Self {
             shared,

@@ -11,7 +11,7 @@ use locum_core::policy::Who;
 use serde_json::{json, Value};
 
 use crate::episode::tools;
-use crate::guard::{guard, guard_status, SignalsBlocked};
+use crate::guard::{guard, guard_status};
 use crate::input::{json as read_json, read_struct, write_struct};
 use crate::instances::{objects, too_many, Episode, Generation};
 use crate::output::{lend, lend_json, put, LocumBytes, LocumError};
@@ -19,6 +19,7 @@ use crate::status::{Failure, E_CANCELLED, E_INTERNAL, OK, PENDING, TEACHER};
 use crate::structs::{
     fixed, Decision, Request, REQUEST_CALL_REQUIRED, REQUEST_GREEDY, WHO_STUDENT, WHO_TEACHER,
 };
+use locum_core::threads::SignalsBlocked;
 
 /// Reason of an instance whose breaker has tripped.
 const BROKEN: &str = "an internal error happened earlier; open the store again";

@@ -123,8 +123,9 @@ pub use linux::Wake;
 #[cfg(target_os = "linux")]
 mod linux {
     use super::*;
-    use crate::guard::{in_callback, SignalsBlocked};
+    use crate::guard::in_callback;
     use crate::status::E_MEMORY;
+    use locum_core::threads::SignalsBlocked;
     use std::fs::File;
     use std::io::Write;
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -170,39 +170,6 @@ pub fn quiet_panics() {
     });
 }
 
-/// While this lives, the calling thread blocks all signals, and threads started meanwhile inherit that: the host's handlers
-/// run on the host's threads only.
-pub struct SignalsBlocked {
-    #[cfg(unix)]
-    before: libc::sigset_t,
-}
-
-impl SignalsBlocked {
-    pub fn new() -> Self {
-        #[cfg(unix)]
-        // SAFETY: both sets are owned by this frame, and sigfillset initialises the first before it is used.
-        unsafe {
-            let mut all = std::mem::zeroed();
-            let mut before = std::mem::zeroed();
-            libc::sigfillset(&mut all);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &all, &mut before);
-            Self { before }
-        }
-        #[cfg(not(unix))]
-        Self {}
-    }
-}
-
-impl Drop for SignalsBlocked {
-    fn drop(&mut self) {
-        #[cfg(unix)]
-        // SAFETY: `before` was filled by pthread_sigmask in `new`.
-        unsafe {
-            libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -279,25 +246,5 @@ mod tests {
             assert_eq!(guard_plain(1, || 2), 2);
         });
         assert_eq!(guard_status("locum_test", |_| Ok(OK)), OK);
-    }
-
-    #[test]
-    fn threads_started_under_the_block_never_get_the_hosts_signals_and_the_hosts_thread_does_again()
-    {
-        let blocked = |which: libc::c_int| {
-            // SAFETY: reads the mask of this thread into a local.
-            unsafe {
-                let mut set = std::mem::zeroed();
-                libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut set);
-                libc::sigismember(&set, which) == 1
-            }
-        };
-        assert!(!blocked(libc::SIGINT));
-        let thread = {
-            let _signals = SignalsBlocked::new();
-            std::thread::spawn(move || blocked(libc::SIGINT) && blocked(libc::SIGTERM))
-        };
-        assert!(thread.join().unwrap());
-        assert!(!blocked(libc::SIGINT));
     }
 }

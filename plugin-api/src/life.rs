@@ -11,12 +11,13 @@ use locum_core::policy::Policy;
 use locum_lua::{LuaPolicy, PolicyOptions};
 
 use crate::fork;
-use crate::guard::{guard, quiet_panics, Breaker, SignalsBlocked};
+use crate::guard::{guard, quiet_panics, Breaker};
 use crate::input::{borrow_bytes, read_struct, LocumStr};
 use crate::instances::{objects, too_many, Instance};
 use crate::output::{put, LocumError};
 use crate::status::{Failure, E_LIMIT, E_NOT_FOUND, OK};
 use crate::structs::{Options, OPEN_NO_LEARNING, OPEN_NO_MODEL, OPEN_READ_ONLY};
+use locum_core::threads::SignalsBlocked;
 
 /// Longest path that is taken, in bytes.
 const MAX_PATH_BYTES: usize = 4096;

@@ -15,8 +15,9 @@ use tracing::span;
 use tracing::{Event, Level, Metadata, Subscriber};
 
 use crate::fork::{self, PerProcess};
-use crate::guard::{guard_status, in_callback, quiet_panics, SignalsBlocked};
+use crate::guard::{guard_status, in_callback, quiet_panics};
 use crate::status::{Failure, E_MEMORY, OK};
+use locum_core::threads::SignalsBlocked;
 
 /// Lines delivered in one second; the rest is counted.
 pub const MAX_LINES_A_SECOND: u32 = 200;

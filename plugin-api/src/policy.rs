@@ -2,11 +2,12 @@
 
 use locum_core::limits::MAX_POLICY_BYTES;
 
-use crate::guard::{guard, SignalsBlocked};
+use crate::guard::guard;
 use crate::input::{borrow_bytes, name as read_name};
 use crate::life::compile;
 use crate::output::LocumError;
 use crate::status::{Failure, OK};
+use locum_core::threads::SignalsBlocked;
 
 /// # Safety
 /// The pointers are as locum.h describes them.

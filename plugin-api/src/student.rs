@@ -5,10 +5,11 @@ use locum_core::locum::{DistilOptions, Pin};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::guard::{guard, SignalsBlocked};
+use crate::guard::guard;
 use crate::input::{bad_json, json, LocumStr};
 use crate::output::{lend, lend_json, put, LocumBytes, LocumError};
 use crate::status::{Failure, OK};
+use locum_core::threads::SignalsBlocked;
 
 /// `LOCUM_STUDENT_TEACHER`.
 const PIN_TEACHER: u64 = u64::MAX;

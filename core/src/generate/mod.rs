@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use crate::chat::{Chat, Grammar};
 use crate::kernels::{Gate, Hold};
 use crate::model::Model;
-use crate::store::spawn_quiet;
+use crate::threads::spawn_quiet;
 use crate::view::View;
 
 pub use fast::{FastError, FastLayer, FastOp, FastOrder, FastReport, FastRule, FastSeen};

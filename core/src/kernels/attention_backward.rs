@@ -186,16 +186,16 @@ mod tests {
     fn the_backward_pass_agrees_with_finite_differences() {
         let (g, e, h) = (2, 8, 6);
         // Two sequences of 9 and 75 tokens that begin with the same 5, and one alone.
-        let span = |row, len, before: &[Range<usize>]| SpanRows {
+        let span = |row, len, before: Option<Range<usize>>| SpanRows {
             row,
             len,
-            before: before.to_vec(),
+            before: before.into_iter().collect(),
         };
         let spans = [
-            span(0, 5, &[]),
-            span(5, 4, &[0..5]),
-            span(9, 70, &[0..5]),
-            span(79, 11, &[]),
+            span(0, 5, None),
+            span(5, 4, Some(0..5)),
+            span(9, 70, Some(0..5)),
+            span(79, 11, None),
         ];
         let t = 90;
         let (q, k, v) = (

@@ -40,7 +40,7 @@ pub use pointwise::{
     add_in_place, rms_norm, rms_norm_backward, rope, rope_backward, swiglu, swiglu_backward,
     swiglu_in_place, RopeTable,
 };
-pub use pool::{quiet_thread, Attention, Keeping, Pool, SharedMut};
+pub use pool::{Attention, Keeping, Pool, SharedMut};
 pub use quant::{OuterQ8, PackedQ4, PackedQ8, QuantPath, PANEL_ROWS};
 pub use random::Random;
 pub use simd::{axpy, dot, features, limit_features, Features, Isa};

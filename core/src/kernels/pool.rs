@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::buffer::{Buffer, Shelf};
 use super::gate::Gate;
+use crate::threads::{give_way, spawn_quiet};
 
 /// A set of worker threads that run one loop at a time on behalf of the thread that owns the pool.
 ///
@@ -133,13 +134,13 @@ impl Pool {
         let workers = (1..threads)
             .filter_map(|i| {
                 let shared = shared.clone();
-                std::thread::Builder::new()
-                    .name(format!("locum-pool-{i}"))
-                    .spawn(move || {
-                        quiet_thread(nice);
-                        worker(&shared)
-                    })
-                    .ok()
+                spawn_quiet(&format!("locum-pool-{i}"), move || {
+                    if nice != 0 {
+                        give_way(nice);
+                    }
+                    worker(&shared)
+                })
+                .ok()
             })
             .collect();
         Self {
@@ -292,22 +293,6 @@ fn worker(shared: &Shared) {
             shared.done.notify_one();
         }
     }
-}
-
-/// Blocks all signals in the calling thread and lowers its priority by `nice`. For threads that Locum starts in a host's process.
-pub fn quiet_thread(nice: i32) {
-    // SAFETY: plain system calls on this thread with valid pointers to local values.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
-        #[cfg(target_os = "linux")]
-        if nice != 0 {
-            let tid = libc::syscall(libc::SYS_gettid) as libc::id_t;
-            libc::setpriority(libc::PRIO_PROCESS, tid, nice);
-        }
-    }
-    let _ = nice;
 }
 
 /// A mutable slice that several parts of one [`Pool::run`] write to in places that do not overlap.

@@ -12,7 +12,8 @@ use super::{now_ms, DistilOptions, Error, EventKind, Inner, JobState, JobStatus,
 use crate::distil::{self, Context, Order, Stage};
 use crate::kernels::Hold;
 use crate::policy::WorldInfo;
-use crate::store::{spawn_quiet, JsonTable};
+use crate::store::JsonTable;
+use crate::threads::{give_way, spawn_quiet};
 use crate::train::Flow;
 
 /// How often the policy's `schedule` is asked when nothing wakes the keeper.
@@ -412,7 +413,7 @@ impl Inner {
         jobs.status = Some(record.status.clone());
         let flags = (stop.clone(), cancelled.clone());
         let thread = spawn_quiet("locum-distil", move || {
-            crate::kernels::quiet_thread(10);
+            give_way(10);
             if let Some(inner) = inner.upgrade() {
                 inner.work(record, &flags.0, &flags.1);
                 inner.nudge();

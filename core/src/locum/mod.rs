@@ -33,7 +33,8 @@ use crate::limits;
 use crate::model::WeightFormat;
 use crate::policy::{Policy, PolicyId, Settings, TeacherFirst};
 use crate::registry::Registry;
-use crate::store::{spawn_quiet, Store, StoreOptions};
+use crate::store::{Store, StoreOptions};
+use crate::threads::spawn_quiet;
 use crate::view::View;
 
 use events::Events;

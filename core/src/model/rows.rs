@@ -24,11 +24,12 @@ impl<'a> PackedRows<'a> {
     /// `len` tokens of a sequence behind the first `pos` positions that its cache holds.
     pub fn after(cache: &'a KvCache, pos: usize, len: usize) -> Self {
         let first = cache.len() - cache.held() + pos;
+        // In keys and values they stand behind the rows themselves.
+        let past = len..len + pos;
         let span = SpanRows {
             row: 0,
             len,
-            // In keys and values they stand behind the rows themselves.
-            before: vec![len..len + pos],
+            before: Vec::from([past]),
         };
         Self {
             spans: vec![span],
@@ -203,7 +204,7 @@ mod tests {
     #[test]
     fn families_within_families_share_their_beginnings_and_strangers_nothing() {
         let ids: Vec<u32> = (0..90).collect();
-        let fork = |at: usize, n: u32| [&ids[..at], &vec![1000 + n; 7]].concat();
+        let fork = |at: usize, n: u32| [&ids[..at], &[1000 + n; 7]].concat();
         assert_eq!(check(&[]), 0);
         assert_eq!(check(&[&[], &ids, &[]]), 0);
         assert_eq!(check(&[&ids, &[1, 2, 3]]), 0);

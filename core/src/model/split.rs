@@ -11,7 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use super::serve::{shared, Stretch};
 use super::{Config, FastWeights, Model, ModelError, Sequence};
-use crate::kernels::{quiet_thread, Pool};
+use crate::kernels::Pool;
+use crate::threads::SignalsBlocked;
 use crate::ttt::{FastWeight, TttConfig, TttLayer};
 
 /// Tokens of a worker in a wave, about: enough for tiles of its own, few enough for activations of some 20 MB.
@@ -110,10 +111,8 @@ impl Model {
             let first = jobs.next();
             let read = &read;
             for (job, pool) in jobs {
-                scope.spawn(move || {
-                    quiet_thread(0);
-                    read(pool, job)
-                });
+                let _signals = SignalsBlocked::new();
+                scope.spawn(move || read(pool, job));
             }
             if let Some((job, pool)) = first {
                 read(pool, job);

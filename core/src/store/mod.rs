@@ -11,7 +11,6 @@
 mod database;
 pub mod json;
 mod forking;
-mod quiet;
 mod read;
 mod rows;
 mod sessions;
@@ -23,7 +22,6 @@ mod writer;
 
 pub use database::{DATABASE, SCHEMA_VERSION};
 pub use forking::{after_fork, before_fork};
-pub use quiet::spawn_quiet;
 pub use read::{Counts, EpisodeSummary, Query};
 pub use writer::Health;
 
@@ -38,6 +36,7 @@ use serde_json::Value;
 
 use crate::episode::{Counterfactual, Episode, EpisodeId, Observation, Outcome, Step};
 use crate::limits::{MAX_EPISODE_BYTES, MAX_QUEUED_BYTES, MAX_QUEUED_RECORDS, MAX_STEP_BYTES};
+use crate::threads::spawn_quiet;
 use statements::Statements;
 use writer::{Command, Load, Writer};
 

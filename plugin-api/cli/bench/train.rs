@@ -76,7 +76,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
         0 => None,
         _ => {
             plan.share_beginnings = false;
-            Some(steps(&pool, &model, &samples, &plan, runs)?.seconds)
+            Some(steps(&pool, model.clone(), &samples, &plan, runs)?.seconds)
         }
     };
     plan.share_beginnings = true;
@@ -84,7 +84,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
         seconds: steady,
         losses,
         saved,
-    } = steps(&pool, &model, &samples, &plan, runs)?;
+    } = steps(&pool, model, &samples, &plan, runs)?;
     let per_step = (ROWS * tokens) as f64;
     let tok_s = per_step / median(&steady);
     let gflop_s = flop(&config, &plan, tokens, shared) * tok_s / per_step / 1e9;
@@ -149,7 +149,7 @@ struct Steps {
 
 fn steps(
     pool: &Pool,
-    model: &Model,
+    model: Model,
     samples: &[Sample],
     plan: &TrainPlan,
     runs: usize,
@@ -160,7 +160,7 @@ fn steps(
     let mut last = Instant::now();
     let ended = fit(
         pool,
-        model.clone(),
+        model,
         samples,
         &[],
         "bench",

@@ -1,4 +1,4 @@
-//! Threads that never run the host's signal handlers.
+//! Threads in somebody else's process: they never run the host's signal handlers, and give way to its work.
 
 use std::io;
 use std::thread::{Builder, JoinHandle};
@@ -13,19 +13,35 @@ pub fn spawn_quiet<T: Send + 'static>(
 ) -> io::Result<JoinHandle<T>> {
     // A thread inherits the mask of the one that starts it; blocked only inside the new thread, a
     // signal could arrive before.
-    let _blocked = Blocked::all();
+    let _blocked = SignalsBlocked::new();
     Builder::new().name(name.into()).spawn(run)
 }
 
-/// All signals blocked on this thread until dropped.
-struct Blocked {
+/// Gives the calling thread a lower priority than the host's, by `nice`.
+pub fn give_way(nice: i32) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: plain system calls that concern this thread only and take numbers.
+    unsafe {
+        let tid = libc::syscall(libc::SYS_gettid) as libc::id_t;
+        libc::setpriority(libc::PRIO_PROCESS, tid, nice);
+    }
+    let _ = nice;
+}
+
+/// While this lives, the calling thread blocks all signals, and threads started meanwhile inherit that: the host's handlers
+/// run on the host's threads only.
+pub struct SignalsBlocked {
     #[cfg(unix)]
     before: libc::sigset_t,
 }
 
-impl Blocked {
+impl SignalsBlocked {
     #[cfg(unix)]
-    fn all() -> Self {
+    #[allow(
+        clippy::new_without_default,
+        reason = "a guard is made to be held, not as a value"
+    )]
+    pub fn new() -> Self {
         // SAFETY: both sets are local and initialised by the calls that fill them; `pthread_sigmask`
         // changes only the mask of the calling thread and does not keep the pointers.
         unsafe {
@@ -38,12 +54,16 @@ impl Blocked {
     }
 
     #[cfg(not(unix))]
-    fn all() -> Self {
+    #[allow(
+        clippy::new_without_default,
+        reason = "a guard is made to be held, not as a value"
+    )]
+    pub fn new() -> Self {
         Self {}
     }
 }
 
-impl Drop for Blocked {
+impl Drop for SignalsBlocked {
     fn drop(&mut self) {
         // SAFETY: `before` was filled by `pthread_sigmask` and outlives the call.
         #[cfg(unix)]
