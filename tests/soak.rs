@@ -50,7 +50,7 @@ fn play(locum: &Locum, agent: usize, n: u64) -> u64 {
         };
         // Every other episode is the teacher's, or there would be nothing to learn from.
         let reply = match locum.decide(&episode, &request).who {
-            Who::Student if n % 2 == 0 => None,
+            Who::Student if n.is_multiple_of(2) => None,
             Who::Student => locum.generate(&episode, &request).ok().and_then(|call| {
                 assert!(
                     call.wait(Duration::from_secs(120)),

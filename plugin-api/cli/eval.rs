@@ -41,6 +41,9 @@ pub struct Ttt {
     /// Stop after the episode in which this many seconds are over
     #[arg(long, value_name = "SECONDS")]
     max_seconds: Option<f64>,
+    /// Show what an earlier comparison found, from its ttt.json, and compare nothing
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["student", "plain", "max_seconds"])]
+    from: Option<PathBuf>,
     /// Folder for ttt.json, ttt.md, ttt.svg and drift.svg
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -62,6 +65,32 @@ fn window(text: &str) -> Result<Reach, String> {
 
 pub fn run(command: Command, place: &Place, out: &Out) -> Result<(), Fail> {
     let Command::Ttt(args) = command;
+    let compared = match &args.from {
+        Some(path) => read(path)?,
+        None => compare(&args, place, out)?,
+    };
+    show(&compared, out);
+    if let Some(dir) = &args.out {
+        write(dir, &compared)?;
+        out.note(&format!(
+            "ttt.json, ttt.md, ttt.svg and drift.svg are in {}",
+            dir.display()
+        ));
+    }
+    out.result(&serde_json::to_value(&compared).unwrap_or_default());
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<Comparison, Fail> {
+    let unreadable = |source| Fail::Read {
+        path: path.into(),
+        source,
+    };
+    let text = std::fs::read(path).map_err(unreadable)?;
+    serde_json::from_slice(&text).map_err(|e| unreadable(e.into()))
+}
+
+fn compare(args: &Ttt, place: &Place, out: &Out) -> Result<Comparison, Fail> {
     let locum = place.serving()?;
     let options = TttOptions {
         student: args.student,
@@ -83,17 +112,7 @@ pub fn run(command: Command, place: &Place, out: &Out) -> Result<(), Fail> {
         !args.max_seconds.is_some_and(over) || done == 0
     });
     progress.done();
-    let compared = compared?;
-    show(&compared, out);
-    if let Some(dir) = &args.out {
-        write(dir, &compared)?;
-        out.note(&format!(
-            "ttt.json, ttt.md, ttt.svg and drift.svg are in {}",
-            dir.display()
-        ));
-    }
-    out.result(&serde_json::to_value(&compared).unwrap_or_default());
-    Ok(())
+    Ok(compared?)
 }
 
 fn show(c: &Comparison, out: &Out) {

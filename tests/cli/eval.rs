@@ -103,6 +103,15 @@ fn updates_are_compared_on_held_out_episodes_and_the_student_is_served_by_the_ve
     assert!(
         text(&out.join("ttt.md")).contains("| everything | updates on less updates off | all |")
     );
+    let file = out.join("ttt.json");
+    let again = world.json(&["eval", "ttt", "--from", file.to_str().unwrap()]);
+    assert_eq!(again, compared);
+    let none = world.path("none.json");
+    refused(
+        &world,
+        &["eval", "ttt", "--from", none.to_str().unwrap()],
+        "cannot read",
+    );
     let shown = world.run(&["eval", "ttt", "--episodes", "2", "--windows", "full"]);
     assert!(
         shown.stdout().contains("updates on less"),

@@ -504,3 +504,43 @@ fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
 pub fn curve(store_dir: &Path, job: u64) -> Vec<CurvePoint> {
     read_json(&job_dir(store_dir, job).join("curve.json")).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows of so many samples, each of whose last has so many tokens.
+    fn rows(of: &[(usize, usize)]) -> (Vec<Vec<usize>>, Dataset) {
+        let mut data = Dataset::default();
+        let mut rows = Vec::new();
+        for &(steps, tokens) in of {
+            let first = data.samples.len();
+            rows.push((first..first + steps).collect());
+            data.samples.extend((0..steps).map(|_| dataset::Sample {
+                ids: vec![1; tokens],
+                target_start: 1,
+                weight: 1.0,
+                episode: EpisodeId::default(),
+                step: 1,
+                task: String::new(),
+                domain: String::new(),
+                calls: Vec::new(),
+            }));
+        }
+        (rows, data)
+    }
+
+    #[test]
+    fn rows_are_picked_evenly_up_to_both_limits_and_never_none() {
+        let (single, data) = rows(&[(1, 90); 500]);
+        let picked = few(&single, &data, 120, 1 << 20);
+        assert_eq!(picked.len(), 120);
+        assert_eq!((picked[0][0], picked[119][0]), (0, 119 * 500 / 120));
+        assert!((few(&single, &data, 120, 4500).len() as i64 - 50).abs() <= 3);
+        let (long, data) = rows(&[(80, 2500); 20]);
+        assert_eq!(few(&long, &data, 170, 1 << 20).len(), 2);
+        assert_eq!(few(&long, &data, usize::MAX, 26_000).len(), 10);
+        assert_eq!(few(&long, &data, 5, 5).len(), 1);
+        assert!(few(&[], &data, 5, 5).is_empty());
+    }
+}

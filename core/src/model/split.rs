@@ -221,12 +221,15 @@ struct Exchange {
     changed: Condvar,
 }
 
+/// A layer and what a chunk's tokens made it learn, if it learns.
+type LayerSum = (usize, Option<Arc<Vec<f32>>>);
+
 #[derive(Default)]
 struct Sent {
     /// Of each worker, how many layers' keys and values are there.
     keys: Vec<usize>,
     /// Of each worker, layer by layer, what its tokens made the layer learn.
-    sums: Vec<Vec<(usize, Option<Arc<Vec<f32>>>)>>,
+    sums: Vec<Vec<LayerSum>>,
     broken: bool,
 }
 

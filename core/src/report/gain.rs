@@ -3,16 +3,19 @@
 use std::fmt::Write;
 
 use super::html::esc;
-use crate::evaluate::ttt::{Comparison, Gain, Scores, Window};
+use crate::evaluate::ttt::{Comparison, Gain, Scores, Variant, Window};
 use crate::gate::MeanInterval;
 
 const WIDTH: f64 = 720.0;
 const LEFT: f64 = 74.0;
 const RIGHT: f64 = 14.0;
-const TOP: f64 = 44.0;
-const HEIGHT: f64 = 230.0;
-/// One a window, readable on light and dark.
-const COLOURS: [&str; 4] = ["#12776a", "#c9892b", "#7a6bb0", "#8b958f"];
+const TOP: f64 = 30.0;
+/// Of one window: its title, its frame, and the room below.
+const PANEL: f64 = 178.0;
+const HEIGHT: f64 = 136.0;
+/// Readable on light and dark.
+const GAIN: &str = "#12776a";
+const HARM: &str = "#b0503f";
 
 /// The comparison as Markdown: what each variant thought of the teacher's actions, then what updates gain, by place in the episode.
 pub fn gain_markdown(c: &Comparison) -> String {
@@ -108,90 +111,99 @@ fn known(i: MeanInterval) -> bool {
     i.n > 1 && i.low > f64::MIN && i.high < f64::MAX
 }
 
-/// What updates on have over updates off by tokens read before the action, a mark a window, as an SVG of its own. Empty if there is
-/// nothing to draw.
+/// What updates on have over updates off by tokens read before the action, as an SVG of its own: a panel a window, each with a scale
+/// of its own, for what helps and what harms can be hundreds of times apart. Empty if there is nothing to draw.
 pub fn gain_svg(c: &Comparison) -> String {
-    let series: Vec<(String, Vec<(&str, MeanInterval)>)> = gains(c)
+    let panels: Vec<(&Window, Vec<&Variant>)> = gains(c)
         .filter(|(_, gain)| gain.over == "updates off")
         .map(|(window, gain)| {
-            let by_tokens = gain
-                .parts
-                .iter()
-                .filter(|part| part.name.ends_with("tokens") || part.name.ends_with("tokens on"));
-            let points = by_tokens.map(|part| (&part.name[..], part.scores.logprob));
-            (reach(window), points.collect())
+            let parts = gain.parts.iter();
+            (
+                window,
+                parts.filter(|part| part.name.contains("tokens")).collect(),
+            )
         })
+        .filter(|(_, parts): &(_, Vec<_>)| !parts.is_empty())
         .collect();
-    let Some(places) = series.iter().map(|s| s.1.len()).max().filter(|n| *n > 0) else {
+    let Some((_, places)) = panels.first() else {
         return String::new();
     };
-    let ends = || {
-        series
-            .iter()
-            .flat_map(|s| s.1.iter())
-            .filter(|p| known(p.1))
-    };
-    let most = ends().fold(1e-4f64, |m, p| m.max(p.1.low.abs()).max(p.1.high.abs()));
-    let step = nice(most / 2.0);
-    let top = (most / step).ceil() * step;
-    let y = |v: f64| TOP + HEIGHT / 2.0 - v.clamp(-top, top) / top * HEIGHT / 2.0;
-    let column = (WIDTH - LEFT - RIGHT) / places as f64;
+    let bottom = TOP + PANEL * panels.len() as f64;
     let mut s = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {}\" role=\"img\" font-family=\"system-ui, sans-serif\" font-size=\"13\" fill=\"#6b7671\">\
          <title>Log-likelihood of the teacher's actions, updates on less updates off, by place in the episode</title>\
          <text x=\"{LEFT}\" y=\"16\">nats an action that updates gain, by tokens read before it ({} held-out episodes)</text>",
-        TOP + HEIGHT + 44.0,
+        bottom + 30.0,
         c.episodes
     );
-    let ticks = (top / step).round() as i64;
-    for tick in -ticks..=ticks {
-        let v = tick as f64 * step;
-        let _ = write!(
-            s,
-            "<line x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{1:.1}\" y2=\"{1:.1}\" stroke=\"#8b958f\" stroke-opacity=\"{2}\"/><text x=\"{3:.1}\" y=\"{4:.1}\" text-anchor=\"end\">{v:+.3}</text>",
-            WIDTH - RIGHT,
-            y(v),
-            if tick == 0 { 0.9 } else { 0.25 },
-            LEFT - 8.0,
-            y(v) + 4.0
-        );
+    for (n, (window, parts)) in panels.iter().enumerate() {
+        panel(&mut s, TOP + PANEL * n as f64, window, parts);
     }
-    for (n, (reach, points)) in series.iter().enumerate() {
-        let colour = COLOURS[n % COLOURS.len()];
-        let shift = (n as f64 + 1.0) / (series.len() as f64 + 1.0);
-        let legend = LEFT + n as f64 * 190.0;
-        let _ = write!(
-            s,
-            "<circle cx=\"{:.1}\" cy=\"31\" r=\"5\" fill=\"{colour}\"/><text x=\"{:.1}\" y=\"35\">attention: {}</text>",
-            legend + 6.0,
-            legend + 16.0,
-            esc(reach)
-        );
-        for (place, (name, gain)) in points.iter().enumerate().filter(|p| known(p.1 .1)) {
-            let x = LEFT + (place as f64 + shift) * column;
-            let _ = write!(
-                s,
-                "<g stroke=\"{colour}\" fill=\"{colour}\"><title>{}, attention {}: {}</title><line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{:.1}\" y2=\"{:.1}\" stroke-width=\"3\"/><circle cx=\"{x:.1}\" cy=\"{:.1}\" r=\"5\"/></g>",
-                esc(name),
-                esc(reach),
-                signed(*gain, 4, 1.0),
-                y(gain.low),
-                y(gain.high),
-                y(gain.mean)
-            );
-        }
-    }
-    for (place, (name, _)) in series[0].1.iter().enumerate() {
+    let column = (WIDTH - LEFT - RIGHT) / places.len() as f64;
+    for (place, part) in places.iter().enumerate() {
         let _ = write!(
             s,
             "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
             LEFT + (place as f64 + 0.5) * column,
-            TOP + HEIGHT + 24.0,
-            esc(name)
+            bottom + 14.0,
+            esc(&part.name)
         );
     }
     s.push_str("</svg>\n");
     s
+}
+
+/// One window's gains by place, from `above` on.
+fn panel(s: &mut String, above: f64, window: &Window, parts: &[&Variant]) {
+    let known_ones = || {
+        parts
+            .iter()
+            .map(|part| part.scores.logprob)
+            .filter(|i| known(*i))
+    };
+    let most = known_ones().fold(1e-4f64, |m, i| m.max(i.low.abs()).max(i.high.abs()));
+    let step = nice(most / 2.0);
+    let ticks = (most / step).ceil() as i64;
+    let top = ticks as f64 * step;
+    let middle = above + 22.0 + HEIGHT / 2.0;
+    let y = |v: f64| middle - v.clamp(-top, top) / top * HEIGHT / 2.0;
+    let _ = write!(
+        s,
+        "<text x=\"{LEFT}\" y=\"{:.1}\" font-weight=\"600\">attention reaches {}</text>",
+        above + 10.0,
+        esc(&reach(window))
+    );
+    for tick in -ticks..=ticks {
+        let v = tick as f64 * step;
+        let _ = write!(
+            s,
+            "<line x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{1:.1}\" y2=\"{1:.1}\" stroke=\"#8b958f\" stroke-opacity=\"{2}\"/><text x=\"{3:.1}\" y=\"{4:.1}\" text-anchor=\"end\">{v:+}</text>",
+            WIDTH - RIGHT,
+            y(v),
+            if tick == 0 { 0.9 } else { 0.25 },
+            LEFT - 8.0,
+            y(v) + 4.0,
+            v = (v * 1e4).round() / 1e4
+        );
+    }
+    let column = (WIDTH - LEFT - RIGHT) / parts.len() as f64;
+    for (place, part) in parts.iter().enumerate() {
+        let gain = part.scores.logprob;
+        if !known(gain) {
+            continue;
+        }
+        let colour = if gain.high < 0.0 { HARM } else { GAIN };
+        let x = LEFT + (place as f64 + 0.5) * column;
+        let _ = write!(
+            s,
+            "<g stroke=\"{colour}\" fill=\"{colour}\"><title>{}: {}</title><line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{:.1}\" y2=\"{:.1}\" stroke-width=\"3\"/><circle cx=\"{x:.1}\" cy=\"{:.1}\" r=\"5\"/></g>",
+            esc(&part.name),
+            signed(gain, 4, 1.0),
+            y(gain.low),
+            y(gain.high),
+            y(gain.mean)
+        );
+    }
 }
 
 /// The next of 1, 2, 5, 10, ... times a power of ten.
@@ -208,7 +220,7 @@ fn nice(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::evaluate::ttt::{Part, Variant};
+    use crate::evaluate::ttt::Part;
 
     fn interval(mean: f64) -> MeanInterval {
         MeanInterval {
@@ -287,8 +299,8 @@ mod tests {
     #[test]
     fn the_picture_marks_what_is_known_inside_its_frame() {
         let svg = gain_svg(&comparison());
-        // Three places of four, under two windows, and two marks of the legend.
-        assert_eq!(svg.matches("<circle").count(), 3 * 2 + 2);
+        // Three places of four, under two windows.
+        assert_eq!(svg.matches("<circle").count(), 3 * 2);
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         for y in svg
             .split(" y1=\"")
@@ -296,7 +308,7 @@ mod tests {
             .map(|rest| rest.split('"').next().unwrap())
         {
             let y: f64 = y.parse().unwrap();
-            assert!((TOP - 1.0..=TOP + HEIGHT + 1.0).contains(&y), "{y}");
+            assert!((TOP..=TOP + 2.0 * PANEL).contains(&y), "{y}");
         }
         assert_eq!(gain_svg(&Comparison::default()), "");
     }

@@ -137,7 +137,7 @@ fn prefill(runs: usize, pool: &Pool, model: &Model, len: usize) -> Result<[f64; 
             ratios.push(pair[1] / pair[0]);
         }
     }
-    Ok([off, on, ratios].map(|all| middle(all)))
+    Ok([off, on, ratios].map(middle))
 }
 
 fn middle(mut all: Vec<f64>) -> f64 {
@@ -164,9 +164,9 @@ fn decode(
         }
         let mut times = [vec![], vec![]];
         let mut at_edges = Vec::new();
-        for at in BEFORE..ids.len() {
+        for (at, &id) in ids.iter().enumerate().skip(BEFORE) {
             for (which, sequence) in pair.iter_mut().enumerate() {
-                let seconds = token(pool, model, sequence, ids[at])?;
+                let seconds = token(pool, model, sequence, id)?;
                 times[which].push(seconds);
                 // The token that fills a chunk waits for the update, and the next one for what it left undone.
                 if which == 1 && [0, chunk - 1].contains(&(at % chunk)) {

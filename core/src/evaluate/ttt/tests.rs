@@ -1,3 +1,7 @@
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "an episode may have one action"
+)]
 use std::path::Path;
 use std::sync::Arc;
 
