@@ -8,6 +8,7 @@ use locum_core::evaluate::ttt::Comparison;
 use locum_core::locum::TttOptions;
 use locum_core::report::{drift_svg, gain_markdown, gain_svg, reach, signed};
 
+use crate::bench::Weights;
 use crate::fail::Fail;
 use crate::out::{clean, Out, Table};
 use crate::Place;
@@ -38,6 +39,9 @@ pub struct Ttt {
     /// Tokens to which attention reaches back, `full` for everything
     #[arg(long, value_delimiter = ',', default_value = "512,1024,full", value_parser = window)]
     windows: Vec<Reach>,
+    /// Numbers that all readers' weights are in
+    #[arg(long, value_enum, default_value_t)]
+    weights: Weights,
     /// Stop after the episode in which this many seconds are over
     #[arg(long, value_name = "SECONDS")]
     max_seconds: Option<f64>,
@@ -91,7 +95,7 @@ fn read(path: &Path) -> Result<Comparison, Fail> {
 }
 
 fn compare(args: &Ttt, place: &Place, out: &Out) -> Result<Comparison, Fail> {
-    let locum = place.serving()?;
+    let locum = place.serving(args.weights.into())?;
     let options = TttOptions {
         student: args.student,
         plain: args.plain,

@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use locum_core::locum::{Locum, Options};
+use locum_core::model::WeightFormat;
 use locum_core::policy::Policy;
 use locum_core::store::{Store, StoreOptions};
 use serde_json::json;
@@ -167,12 +168,13 @@ impl Place {
     }
 
     /// With the model, so that a student which cannot be loaded is noticed, and without learning meanwhile.
-    pub fn serving(&self) -> Result<Locum, Fail> {
+    pub fn serving(&self, weights: WeightFormat) -> Result<Locum, Fail> {
         self.must_exist()?;
         Ok(Locum::open(Options {
             store_dir: self.dir.clone(),
             policy: Some(load_policy(None)?),
             no_learning: true,
+            weights,
             ..Options::default()
         })?)
     }

@@ -1,6 +1,7 @@
 //! `locum students`, `promote`, `rollback`: who may answer, and the operator's word over the gate's.
 
 use locum_core::locum::{Pin, StudentSummary};
+use locum_core::model::WeightFormat;
 use locum_core::report::utc;
 use serde_json::json;
 
@@ -69,7 +70,7 @@ fn table(students: &[StudentSummary]) -> Table {
 }
 
 pub fn promote(args: Promote, place: &Place, out: &Out) -> Result<(), Fail> {
-    let locum = place.serving()?;
+    let locum = place.serving(WeightFormat::default())?;
     let student = find(locum.students()?, &args.student)?;
     let said = match student.verdict.as_str() {
         "" => "The gate has not judged it.".to_string(),

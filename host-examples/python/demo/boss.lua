@@ -1,4 +1,4 @@
--- Policy for whole episodes of BossLevel: every step of a success teaches, and the student sees all that came before.
+-- Policy for whole episodes, BossLevel's and ScienceWorld's: every step of a success teaches, and the student sees all that came before.
 -- docs/ttt.md tells what for; docs/policy.md explains every field.
 
 local TTT = "published" -- how the layers that learn while they read begin; "off" trains without
@@ -15,7 +15,7 @@ M.view = {
   goal = "first",
   steps_back = 256,
   focus = 0,
-  observation_chars = 400,
+  observation_chars = 800,
   max_tokens = 8000,
 }
 

@@ -15,6 +15,7 @@ from unittest import mock
 import babyai
 import boss
 import run
+import sciworld
 import teacher
 from babyai import World
 from ledger import Ledger
@@ -76,6 +77,44 @@ class LongEpisodes(unittest.TestCase):
         self.assertTrue(boss.SHORTEST <= len(first) <= boss.LONGEST)
         self.assertTrue(first[0][0].startswith("Goal: "))
         self.assertTrue({action for _, action in first} <= set(boss.WHAT))
+
+    def test_a_solution_of_the_lab_becomes_a_chat_and_one_that_fails_none(self) -> None:
+        lab = Lab(["wait1", "focus on red box"])
+        steps = sciworld.episode(lab, "mendelian", 7)
+        self.assertEqual(steps, [("Find out.\nOutside. You see: the sink is open", "wait1"), ("after wait1", "focus on red box")])
+        told = sciworld.chat("mendelian", 7, steps or [])
+        self.assertEqual([m["role"] for m in told["messages"]], ["user", "assistant", "tool", "assistant", "tool"])
+        call = told["messages"][3]["tool_calls"][0]["function"]
+        self.assertEqual(json.loads(call["arguments"]), {"command": "focus on red box"})
+        self.assertIsNone(sciworld.episode(Lab(["wait1", "focus on green box"]), "mendelian", 7))
+        self.assertIsNone(sciworld.episode(Lab(["wait1"] * 300 + ["focus on red box"]), "mendelian", 7))
+        self.assertEqual(list(sciworld.order(lab, ["a", "bb"])), [("a", 0), ("bb", 0), ("bb", 1)])
+
+
+class Lab:
+    """A lab in which the red box is right."""
+
+    def __init__(self, solution: list[str]) -> None:
+        self.solution = solution
+
+    def load(self, task: str, variation: int, simplification: str, generateGoldPath: bool) -> None:
+        assert generateGoldPath
+
+    def reset(self) -> tuple[str, dict[str, int]]:
+        return "Outside. You see:\n\tair\n\tan axe\n\tthe agent\n\tthe ground\n\tthe sink is open", {"score": 0}
+
+    def get_task_description(self) -> str:
+        return "Find out."
+
+    def get_gold_action_sequence(self) -> list[str]:
+        return self.solution
+
+    def get_max_variations(self, task: str) -> int:
+        return len(task)
+
+    def step(self, command: str) -> tuple[str, int, bool, dict[str, int]]:
+        right = command == "focus on red box"
+        return f"after {command}", 0, command.startswith("focus"), {"score": 100 * right}
 
 
 class WeakTeacher(unittest.TestCase):

@@ -106,7 +106,7 @@ enum What {
 }
 
 #[derive(Clone, Copy, Default, PartialEq, ValueEnum)]
-enum Weights {
+pub enum Weights {
     F32,
     #[default]
     Bf16,
