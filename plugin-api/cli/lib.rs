@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
+use locum_core::device::DeviceOptions;
 use locum_core::locum::{Locum, Options};
 use locum_core::policy::Policy;
 use locum_core::store::{Store, StoreOptions};
@@ -45,6 +46,9 @@ struct Args {
     /// Folder of the store [default: $LOCUM_STORE, else ./locum-store]
     #[arg(long, global = true, value_name = "DIR")]
     store: Option<PathBuf>,
+    /// liblocum_cuda.so [default: the one in this program's folder, if any]
+    #[arg(long, global = true, value_name = "FILE")]
+    device_library: Option<PathBuf>,
     /// Print one JSON object as the last line instead of tables
     #[arg(long, global = true)]
     json: bool,
@@ -104,6 +108,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     });
     let place = Place {
         dir: store.unwrap_or_else(|| DEFAULT_STORE.into()),
+        device: DeviceOptions {
+            library: args.device_library.clone(),
+            ..DeviceOptions::default()
+        },
     };
     let done = match args.command {
         Command::Doctor => doctor::run(&place, &out),
@@ -134,6 +142,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// Where the store is, and how commands open it.
 pub(crate) struct Place {
     pub dir: PathBuf,
+    /// What computes beside the processor.
+    pub device: DeviceOptions,
 }
 
 impl Place {
@@ -162,6 +172,7 @@ impl Place {
             policy: Some(load_policy(policy)?),
             no_learning: !with_model,
             no_model: !with_model,
+            device: self.device.clone(),
             ..Options::default()
         })?)
     }
@@ -173,6 +184,7 @@ impl Place {
             store_dir: self.dir.clone(),
             policy: Some(load_policy(None)?),
             no_learning: true,
+            device: self.device.clone(),
             ..Options::default()
         })?)
     }

@@ -173,6 +173,12 @@ enum State {
     Closed(DeviceError),
 }
 
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "Device({})", self.words())
+    }
+}
+
 impl Device {
     pub fn new(options: DeviceOptions) -> Arc<Self> {
         Arc::new(Self {

@@ -14,6 +14,8 @@ pub struct CardModel {
     card: Arc<Card>,
     at: *mut c_void,
     vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
     /// Layers that learn, and the tokens of their chunks.
     learning: Vec<u16>,
     chunk_len: usize,
@@ -131,6 +133,8 @@ impl Card {
             card: self.clone(),
             at,
             vocab_size: model.config.vocab_size,
+            hidden_size: model.config.hidden_size,
+            intermediate_size: model.config.intermediate_size,
             learning: ttt.map_or(Vec::new(), |ttt| ttt.layers.clone()),
             chunk_len: ttt.map_or(0, |ttt| ttt.chunk_len),
             lr: ttt.map_or(0.0, |ttt| ttt.lr),
@@ -336,6 +340,17 @@ impl CardSequence {
     pub fn bytes(&self) -> usize {
         // SAFETY: asks for a number.
         unsafe { (self.model.card.table.sequence_bytes)(self.at) as usize }
+    }
+
+    /// Bytes of fast weights and of what waits, as far as this side knows: a layer that has learned has a weight of its own.
+    pub fn fast_bytes(&self) -> usize {
+        let (d, f) = (self.model.hidden_size, self.model.intermediate_size);
+        let own = self.drifts.values().filter(|drift| **drift > 0.0).count() * d * f;
+        let waiting = match self.waiting {
+            0 => 0,
+            _ => self.drifts.len() * self.model.chunk_len * (d + f),
+        };
+        4 * (own + waiting)
     }
 
     /// Cuts it back to its first `len` tokens; false, and nothing changed, if what was learned from later ones cannot be taken back.

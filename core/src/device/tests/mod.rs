@@ -1,6 +1,7 @@
 //! The card against the processor. The tests of `parity` are the same wherever they run: on a machine with a card by `make cuda-check`, and
 //! here, in a process of their own, on a stand-in for the driver that runs the card's kernels on the processor (core/cuda/emulate).
 
+mod engine;
 mod faults;
 mod object;
 mod parity;

@@ -79,14 +79,14 @@ fn attention_in_tiles_and_over_split_caches_is_that_of_the_processor() {
     let Some(card) = card() else { return };
     for head_dim in [16, 32, 64, 128] {
         let model = wide(head_dim);
-        let ids = tokens(&model, 700, 2);
+        let ids = tokens(&model, 360, 2);
         // Whole tiles, a last tile that is not whole, one row behind a cache long enough to be split, few rows, and tiles behind a cache.
         let parts: [&[u32]; 5] = [
-            &ids[..128],
-            &ids[128..533],
-            &ids[533..534],
-            &ids[534..540],
-            &ids[540..640],
+            &ids[..64],
+            &ids[64..299],
+            &ids[299..300],
+            &ids[300..306],
+            &ids[306..360],
         ];
         if head_dim <= 32 {
             compare(

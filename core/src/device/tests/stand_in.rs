@@ -35,7 +35,7 @@ pub(super) fn stand_in() -> &'static StandIn {
         compile
             .args([
                 "-std=c++17",
-                "-O1",
+                "-O2",
                 "-fPIC",
                 "-shared",
                 "-fvisibility=hidden",
@@ -105,4 +105,28 @@ fn serving_on_the_stand_in_is_serving_on_the_processor() {
 #[test]
 fn training_on_the_stand_in_is_training_on_the_processor() {
     must_pass("device::tests::training::", 4);
+}
+
+#[test]
+fn a_training_goes_on_on_the_processor_where_the_card_has_no_memory_or_fails() {
+    let said = |order| {
+        let output = run("device::tests::training::train_until_it_fails", Some(order));
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{order}: {said}");
+        said
+    };
+    for order in ["alloc=20", "alloc=300", "alloc=700"] {
+        let said = said(order);
+        assert!(
+            said.contains("losses:") && said.contains("then stand-in"),
+            "{order}: {said}"
+        );
+    }
+    for order in ["launch=20", "launch=500", "launch=2000"] {
+        let said = said(order);
+        assert!(
+            said.contains("losses:") && said.contains("then processor: the card failed"),
+            "{order}: {said}"
+        );
+    }
 }
