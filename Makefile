@@ -3,6 +3,8 @@
 # make bench    speed beside llama.cpp and PyTorch on this machine, an hour or two (BENCH_ONLY=decode,lora chooses; BENCH_FLAGS="--peers none" ours alone)
 # make bench-quick  speed of the engine alone, a minute
 # make interop what Locum writes, opened by transformers and PEFT (fetches PyTorch, some GB; INTEROP_PYTHON=... takes yours)
+# make cuda     liblocum_cuda.so, with which students compute on an NVIDIA card; needs no card to build (fetches 105 MB)
+# make cuda-check   its tests and speed on a machine with a card, from what `make cuda-carry` put together
 # make soak     the loop under load for a while (SOAK_SECONDS=600)
 # make clean    throw away what was built and fetched
 #
@@ -33,7 +35,7 @@ PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 # Downloads run while cargo compiles; `make` is called again with -j2 for that, so the user need not.
 AGAIN := $(MAKE) --no-print-directory
 
-.PHONY: all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
+.PHONY: cuda cuda-carry cuda-check all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
 
 all: build
 
@@ -122,6 +124,11 @@ headers:
 	@printf '#include "locum.h"\n#include "locum.hpp"\nint main() { return 0; }\n' > $(CACHE)/header.cpp
 	@$(CC) -std=c99 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -I$(dir $(HEADER)) $(CACHE)/header.c
 	@$(CXX) -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -I$(dir $(HEADER)) $(CACHE)/header.cpp
+
+# --- the card ---
+
+cuda:
+	@$(PYTHON) core/cuda/build.py --cache $(CACHE) --target $(TARGET) --cargo $(CARGO)
 
 # --- others' libraries on our files ---
 

@@ -21,6 +21,7 @@ pub mod dataset;
 pub mod kernels;
 pub mod ttt;
 pub mod model;
+pub mod device;
 pub mod train;
 pub mod generate;
 pub mod gate;

@@ -1,5 +1,6 @@
 //! `locum doctor`: what this machine and this store can do, and what stands in the way.
 
+use locum_core::device::{Card, DeviceError};
 use locum_core::registry::{Registry, RegistryError};
 use locum_core::report::{disk_free_bytes, machine};
 use serde_json::{json, Map, Value};
@@ -71,7 +72,24 @@ fn look_at_machine(place: &Place, found: &mut Findings) {
         &format!("{}, {} cores ({features})", m.processor, m.cores),
     );
     found.good("kernels", &m.kernels);
-    found.note("graphics", &m.graphics);
+    match Card::open(&place.device) {
+        Ok(card) => {
+            let info = card.info();
+            found.good("card", &info.words());
+            found.json.insert("card".into(), json!(info));
+        }
+        Err(why) => {
+            let text = format!("none is used: {why} ({})", m.graphics);
+            match why {
+                DeviceError::Absent(_) | DeviceError::Off => found.note("card", &text),
+                // An object is there, so somebody wants it used.
+                _ => found.bad("card", text),
+            }
+            found
+                .json
+                .insert("card".into(), json!({ "error": why.to_string() }));
+        }
+    }
     match m.memory_free_bytes {
         0 => found.note("memory", "the system does not say"),
         free if free < LOW_MEMORY_BYTES => {

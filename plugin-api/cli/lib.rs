@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
+use locum_core::device::DeviceOptions;
 use locum_core::locum::{Locum, Options};
 use locum_core::model::WeightFormat;
 use locum_core::policy::Policy;
@@ -46,6 +47,9 @@ struct Args {
     /// Folder of the store [default: $LOCUM_STORE, else ./locum-store]
     #[arg(long, global = true, value_name = "DIR")]
     store: Option<PathBuf>,
+    /// liblocum_cuda.so [default: the one in this program's folder, if any]
+    #[arg(long, global = true, value_name = "FILE")]
+    device_library: Option<PathBuf>,
     /// Print one JSON object as the last line instead of tables
     #[arg(long, global = true)]
     json: bool,
@@ -105,6 +109,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     });
     let place = Place {
         dir: store.unwrap_or_else(|| DEFAULT_STORE.into()),
+        device: DeviceOptions {
+            library: args.device_library.clone(),
+            ..DeviceOptions::default()
+        },
     };
     let done = match args.command {
         Command::Doctor => doctor::run(&place, &out),
@@ -135,6 +143,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// Where the store is, and how commands open it.
 pub(crate) struct Place {
     pub dir: PathBuf,
+    /// What computes beside the processor.
+    pub device: DeviceOptions,
 }
 
 impl Place {
@@ -163,6 +173,7 @@ impl Place {
             policy: Some(load_policy(policy)?),
             no_learning: !with_model,
             no_model: !with_model,
+            device: self.device.clone(),
             ..Options::default()
         })?)
     }
@@ -175,6 +186,7 @@ impl Place {
             policy: Some(load_policy(None)?),
             no_learning: true,
             weights,
+            device: self.device.clone(),
             ..Options::default()
         })?)
     }

@@ -115,7 +115,8 @@ enum {
   LOCUM_OPEN_READ_ONLY = 1,   /* look only: what would change the store is answered LOCUM_E_UNSUPPORTED, no model is
                                  loaded, and a store that is not there is not made                               */
   LOCUM_OPEN_NO_LEARNING = 2, /* record and serve, but start no distillation in this process                     */
-  LOCUM_OPEN_NO_MODEL = 4     /* record only: no model is loaded, the teacher plays everything                   */
+  LOCUM_OPEN_NO_MODEL = 4,    /* record only: no model is loaded, the teacher plays everything                   */
+  LOCUM_OPEN_NO_DEVICE = 8    /* compute on the processor, whatever else is there                                */
 };
 
 /* locum_options.weights */
@@ -140,6 +141,10 @@ typedef struct {
   uint64_t max_cache_bytes;    /* KV caches kept for prefix reuse; 0 = 256 MiB                              */
   int32_t weights;             /* LOCUM_WEIGHTS_*: numbers in which models in service keep their weights    */
   uint32_t reserved;           /* 0 */
+  locum_str device_library;    /* liblocum_cuda.so, which `make cuda` builds; empty = the one in this library's own folder, if any.
+                                  Loaded at the first use and not unloaded. If it, its driver or its card cannot be used, the
+                                  processor computes, and `engine.device` in the stats says why                  */
+  uint64_t max_device_bytes;   /* of the card's memory; 0 = three quarters of what is free at the first use      */
 } locum_options;
 
 /* locum_step.flags */

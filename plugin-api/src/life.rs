@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use locum_core::device::DeviceOptions;
 use locum_core::limits::MAX_POLICY_BYTES;
 use locum_core::locum::{Locum, Options as CoreOptions};
 use locum_core::model::WeightFormat;
@@ -16,7 +17,7 @@ use crate::input::{borrow_bytes, read_struct, LocumStr};
 use crate::instances::{objects, too_many, Instance};
 use crate::output::{put, LocumError};
 use crate::status::{Failure, E_LIMIT, E_NOT_FOUND, OK};
-use crate::structs::{Options, OPEN_NO_LEARNING, OPEN_NO_MODEL, OPEN_READ_ONLY};
+use crate::structs::{Options, OPEN_NO_DEVICE, OPEN_NO_LEARNING, OPEN_NO_MODEL, OPEN_READ_ONLY};
 use locum_core::threads::SignalsBlocked;
 
 /// Longest path that is taken, in bytes.
@@ -112,7 +113,7 @@ pub fn wait(ms: u32) -> Duration {
 /// # Safety
 /// The strings of `options` are readable.
 unsafe fn core_options(options: &Options) -> Result<CoreOptions, Failure> {
-    let known = OPEN_READ_ONLY | OPEN_NO_LEARNING | OPEN_NO_MODEL;
+    let known = OPEN_READ_ONLY | OPEN_NO_LEARNING | OPEN_NO_MODEL | OPEN_NO_DEVICE;
     if options.flags & !known != 0 {
         return Err(Failure::argument(format!(
             "locum_options.flags has unknown bits {:#x}",
@@ -120,11 +121,12 @@ unsafe fn core_options(options: &Options) -> Result<CoreOptions, Failure> {
         )));
     }
     // SAFETY: passed on from the caller.
-    let (store_dir, policy_path, base) = unsafe {
+    let (store_dir, policy_path, base, device) = unsafe {
         (
             path("locum_options.store_dir", options.store_dir)?,
             path("locum_options.policy_path", options.policy_path)?,
             path("locum_options.base_model_dir", options.base_model_dir)?,
+            path("locum_options.device_library", options.device_library)?,
         )
     };
     let store_dir =
@@ -153,6 +155,11 @@ unsafe fn core_options(options: &Options) -> Result<CoreOptions, Failure> {
                     "weights is {other}, a LOCUM_WEIGHTS_* from 0 to 4 is expected"
                 )))
             }
+        },
+        device: DeviceOptions {
+            off: options.flags & OPEN_NO_DEVICE != 0,
+            library: device,
+            memory_bytes: options.max_device_bytes,
         },
     })
 }

@@ -6,6 +6,7 @@ use crate::output::LocumBytes;
 pub const OPEN_READ_ONLY: u32 = 1;
 pub const OPEN_NO_LEARNING: u32 = 2;
 pub const OPEN_NO_MODEL: u32 = 4;
+pub const OPEN_NO_DEVICE: u32 = 8;
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -21,6 +22,8 @@ pub struct Options {
     pub max_cache_bytes: u64,
     pub weights: i32,
     pub reserved: u32,
+    pub device_library: LocumStr,
+    pub max_device_bytes: u64,
 }
 
 pub const STEP_IS_ERROR: u32 = 1;
@@ -178,7 +181,9 @@ mod tests {
                 max_disk_bytes,
                 max_cache_bytes,
                 weights,
-                reserved
+                reserved,
+                device_library,
+                max_device_bytes
             ]
         );
         layout!(

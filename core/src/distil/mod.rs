@@ -185,8 +185,9 @@ pub fn run(
         .collect();
     let pool = Pool::gated(context.threads, TRAIN_NICE, context.engine.gate());
     let samples = data.train.len() as u64;
-    let trained = train::fit(
+    let trained = train::fit_on(
         &pool,
+        context.engine.device(),
         start_model,
         &train,
         &held_out,

@@ -4,9 +4,9 @@ use std::sync::mpsc::{sync_channel, SyncSender};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::seat::Seat;
 use super::{locked, Engine};
 use crate::limits::MAX_FAST_SNAPSHOTS;
-use crate::model::{FastWeights, Sequence};
 
 /// How long an operation may wait for the engine's thread, which looks between two steps of the model.
 const LONGEST_STEP: Duration = Duration::from_secs(10);
@@ -161,7 +161,7 @@ impl Engine {
 pub(super) struct Snapshots {
     limit: usize,
     next: u64,
-    kept: Vec<(u64, u128, Sequence)>,
+    kept: Vec<(u64, u128, Seat)>,
 }
 
 impl Snapshots {
@@ -174,7 +174,7 @@ impl Snapshots {
         }
     }
 
-    pub fn take(&mut self, key: u128, sequence: &Sequence) -> Result<u64, FastError> {
+    pub fn take(&mut self, key: u128, sequence: &Seat) -> Result<u64, FastError> {
         if self.of(key).len() >= MAX_FAST_SNAPSHOTS {
             return Err(FastError::TooMany);
         }
@@ -187,14 +187,19 @@ impl Snapshots {
                 limit,
             });
         }
+        let copy = sequence.copy().ok_or(FastError::NoRoom {
+            needed,
+            free: 0,
+            limit,
+        })?;
         let number = self.next;
         self.next += 1;
-        self.kept.push((number, key, sequence.clone()));
+        self.kept.push((number, key, copy));
         Ok(number)
     }
 
     /// Only the episode that it was taken of gets a snapshot.
-    pub fn get(&self, key: u128, number: u64) -> Result<&Sequence, FastError> {
+    pub fn get(&self, key: u128, number: u64) -> Result<&Seat, FastError> {
         let found = self.kept.iter().find(|(n, k, _)| (*n, *k) == (number, key));
         let (.., sequence) = found.ok_or(FastError::NoSnapshot(number))?;
         Ok(sequence)
@@ -219,6 +224,11 @@ impl Snapshots {
         self.kept.clear();
     }
 
+    /// Forgets those on a card that failed.
+    pub fn forget_cards(&mut self) {
+        self.kept.retain(|(.., sequence)| !sequence.is_on_card());
+    }
+
     pub fn bytes(&self) -> usize {
         self.kept
             .iter()
@@ -228,30 +238,12 @@ impl Snapshots {
 }
 
 /// What is known of these fast weights, for the rule.
-pub(super) fn seen(fast: &FastWeights, position: usize, behind_chunk: bool) -> FastSeen {
+pub(super) fn seen(seat: &Seat, behind_chunk: bool) -> FastSeen {
     FastSeen {
         behind_chunk,
-        position,
-        drift: fast.drift(),
-        loss: fast.losses.last(),
-        loss_before: fast.losses.before(),
-    }
-}
-
-pub(super) fn report(sequence: &Sequence) -> FastReport {
-    let fast = &sequence.fast;
-    let layer = |(layer, weight): (&u16, &crate::ttt::FastWeight)| FastLayer {
-        layer: *layer,
-        drift: weight.drift(),
-        waiting: weight.waiting(),
-    };
-    FastReport {
-        on: fast.is_on(),
-        position: sequence.ids.len(),
-        chunk: fast.chunk_len().unwrap_or(0),
-        bytes: fast.bytes(),
-        drift: fast.drift(),
-        layers: fast.layers.iter().map(layer).collect(),
-        ..FastReport::default()
+        position: seat.ids().len(),
+        drift: seat.drift(),
+        loss: seat.losses().last(),
+        loss_before: seat.losses().before(),
     }
 }

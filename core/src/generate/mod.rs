@@ -7,6 +7,7 @@ mod fast;
 mod prefix;
 mod sampler;
 mod scheduler;
+mod seat;
 mod worker;
 
 use std::collections::BTreeSet;
@@ -16,6 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::chat::{Chat, Grammar};
+use crate::device::Device;
 use crate::kernels::{Gate, Hold};
 use crate::model::Model;
 use crate::threads::spawn_quiet;
@@ -50,6 +52,8 @@ pub struct EngineOptions {
     pub max_batch: usize,
     /// Bytes of keys and values kept of answers that ended.
     pub cache_bytes: usize,
+    /// What computes beside the processor, if anything does.
+    pub device: Arc<Device>,
 }
 
 impl Default for EngineOptions {
@@ -58,6 +62,7 @@ impl Default for EngineOptions {
             threads: 1,
             max_batch: 16,
             cache_bytes: crate::limits::MAX_PREFIX_CACHE_BYTES,
+            device: Device::off(),
         }
     }
 }
@@ -187,6 +192,7 @@ pub struct EngineCounters {
 /// Computes answers on a thread of its own (`locum-engine`). Dropping it ends all jobs with [`GenerateError::Closed`].
 pub struct Engine {
     shared: Arc<Shared>,
+    device: Arc<Device>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -224,13 +230,14 @@ impl Engine {
             counters: Mutex::default(),
             numbers: AtomicU64::new(1),
         });
-        let theirs = shared.clone();
+        let (theirs, device) = (shared.clone(), options.device.clone());
         let thread = spawn_quiet("locum-engine", move || {
             worker::run(theirs, options, on_done)
         })
         .map_err(EngineError::Thread)?;
         Ok(Engine {
             shared,
+            device,
             thread: Some(thread),
         })
     }
@@ -262,6 +269,11 @@ impl Engine {
     /// Closed while there are jobs in the foreground: for background work, which shall leave them the cores.
     pub fn gate(&self) -> Arc<Gate> {
         self.shared.gate.clone()
+    }
+
+    /// What computes beside the processor, for trainings too.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
     }
 
     /// The counters as of the last step.

@@ -1,7 +1,7 @@
 //! Sequences of answers that ended, kept so that the next prompt that begins alike need not be read again.
 
+use super::seat::Seat;
 use super::Student;
-use crate::model::Sequence;
 
 /// Tokens in common below which another episode's sequence is not worth a copy.
 const MIN_SHARED: usize = 16;
@@ -10,7 +10,7 @@ struct Kept {
     version: u64,
     id: String,
     key: u128,
-    sequence: Sequence,
+    sequence: Seat,
 }
 
 impl Kept {
@@ -52,19 +52,19 @@ impl Prefixes {
         tokens: &[u32],
         capacity: usize,
         learning: bool,
-    ) -> Option<Sequence> {
+    ) -> Option<Seat> {
         let most = tokens.len().saturating_sub(1);
         let common = |kept: &Kept| {
             let same = kept
                 .sequence
-                .ids
+                .ids()
                 .iter()
                 .zip(tokens)
                 .take_while(|(a, b)| a == b);
             same.count().min(most)
         };
         let best = |own: bool, kept: &[Kept]| {
-            let usable = |k: &Kept| k.is_of(student) && k.sequence.fast.is_on() == learning;
+            let usable = |k: &Kept| k.is_of(student) && k.sequence.is_learning() == learning;
             let of_student = kept.iter().enumerate().filter(|(_, k)| usable(k));
             let candidates = of_student.filter(|(_, k)| (k.key == key) == own);
             candidates.map(|(at, k)| (common(k), at)).max()
@@ -87,8 +87,8 @@ impl Prefixes {
 
     /// Keeps a sequence of an answer that ended in place of the episode's earlier one, and forgets the least recently used
     /// ones above the limit.
-    pub fn put(&mut self, student: &Student, key: u128, sequence: Sequence) {
-        if sequence.ids.is_empty() {
+    pub fn put(&mut self, student: &Student, key: u128, sequence: Seat) {
+        if sequence.ids().is_empty() {
             return;
         }
         if let Some(at) = self
@@ -111,14 +111,14 @@ impl Prefixes {
     }
 
     /// The episode's own sequence, the newest student's if it has several.
-    pub fn own(&mut self, key: u128) -> Option<&mut Sequence> {
+    pub fn own(&mut self, key: u128) -> Option<&mut Seat> {
         let own = self.kept.iter_mut().filter(|kept| kept.key == key);
         own.max_by_key(|kept| kept.version)
             .map(|kept| &mut kept.sequence)
     }
 
     /// Puts `sequence` in the place of [`Self::own`]; false if there is none.
-    pub fn replace(&mut self, key: u128, sequence: Sequence) -> bool {
+    pub fn replace(&mut self, key: u128, sequence: Seat) -> bool {
         let bytes = sequence.bytes();
         let Some(own) = self.own(key) else {
             return false;
@@ -131,6 +131,12 @@ impl Prefixes {
     /// Forgets the sequences of all other students.
     pub fn keep_only(&mut self, versions: &[u64]) {
         self.kept.retain(|kept| versions.contains(&kept.version));
+        self.bytes = self.kept.iter().map(|kept| kept.sequence.bytes()).sum();
+    }
+
+    /// Forgets what is on a card that failed.
+    pub fn forget_cards(&mut self) {
+        self.kept.retain(|kept| !kept.sequence.is_on_card());
         self.bytes = self.kept.iter().map(|kept| kept.sequence.bytes()).sum();
     }
 

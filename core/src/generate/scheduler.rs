@@ -3,6 +3,8 @@
 /// Most tokens of prompts that one step reads, over all its sequences. Bounds the time until a deadline, a cancel or a new job
 /// is noticed.
 pub(super) const MAX_PREFILL_ROWS: usize = 512;
+/// The same where a card reads all of them, which is some hundred times as fast.
+pub(super) const MAX_CARD_ROWS: usize = 4096;
 
 /// What the choice needs to know of a job.
 #[derive(Clone, Copy, Debug)]
@@ -16,9 +18,14 @@ pub(super) struct Slot {
     pub decoding: bool,
 }
 
-/// Places in `slots` (oldest job first) that the next step takes, and how many tokens of each; all of one student.
+/// Places in `slots` (oldest job first) that the next step takes, and how many tokens of each, `most_rows` at most of prompts; all of one student.
 /// Background jobs run only where no other job is there. Students take turns: the next one after `last`.
-pub(super) fn next(slots: &[Slot], last: usize, max_batch: usize) -> Vec<(usize, usize)> {
+pub(super) fn next(
+    slots: &[Slot],
+    last: usize,
+    max_batch: usize,
+    most_rows: usize,
+) -> Vec<(usize, usize)> {
     let background = slots.iter().all(|slot| slot.background);
     let able = |slot: &&Slot| slot.background == background;
     let students = || slots.iter().filter(able).map(|slot| slot.student);
@@ -26,7 +33,7 @@ pub(super) fn next(slots: &[Slot], last: usize, max_batch: usize) -> Vec<(usize,
     let Some(student) = after.or_else(|| students().min()) else {
         return Vec::new();
     };
-    let mut budget = MAX_PREFILL_ROWS;
+    let mut budget = most_rows;
     let mut batch = Vec::new();
     for (at, slot) in slots.iter().enumerate() {
         if slot.student != student
@@ -36,7 +43,7 @@ pub(super) fn next(slots: &[Slot], last: usize, max_batch: usize) -> Vec<(usize,
             continue;
         }
         let tokens = if slot.decoding {
-            slot.left.min(MAX_PREFILL_ROWS)
+            slot.left.min(most_rows)
         } else {
             let tokens = slot.left.min(budget);
             budget -= tokens;
@@ -69,18 +76,18 @@ mod tests {
             slot(3, false, 1, true),
             slot(7, false, 4, true),
         ];
-        assert_eq!(next(&slots, 0, 16), [(1, 1)]);
-        assert_eq!(next(&slots, 3, 16), [(0, 1), (2, 4)]);
-        assert_eq!(next(&slots, 7, 16), [(1, 1)]);
-        assert_eq!(next(&slots, 3, 1), [(0, 1)]);
-        assert_eq!(next(&[], 3, 1), []);
+        assert_eq!(next(&slots, 0, 16, MAX_PREFILL_ROWS), [(1, 1)]);
+        assert_eq!(next(&slots, 3, 16, MAX_PREFILL_ROWS), [(0, 1), (2, 4)]);
+        assert_eq!(next(&slots, 7, 16, MAX_PREFILL_ROWS), [(1, 1)]);
+        assert_eq!(next(&slots, 3, 1, MAX_PREFILL_ROWS), [(0, 1)]);
+        assert_eq!(next(&[], 3, 1, MAX_PREFILL_ROWS), []);
     }
 
     #[test]
     fn background_jobs_wait_for_all_others() {
         let slots = [slot(1, true, 1, true), slot(2, false, 1, true)];
-        assert_eq!(next(&slots, 2, 16), [(1, 1)]);
-        assert_eq!(next(&slots[..1], 2, 16), [(0, 1)]);
+        assert_eq!(next(&slots, 2, 16, MAX_PREFILL_ROWS), [(1, 1)]);
+        assert_eq!(next(&slots[..1], 2, 16, MAX_PREFILL_ROWS), [(0, 1)]);
     }
 
     #[test]
@@ -91,6 +98,9 @@ mod tests {
             slot(1, false, 400, false),
             slot(1, false, 2, true),
         ];
-        assert_eq!(next(&slots, 0, 16), [(0, 400), (1, 112), (3, 2)]);
+        assert_eq!(
+            next(&slots, 0, 16, MAX_PREFILL_ROWS),
+            [(0, 400), (1, 112), (3, 2)]
+        );
     }
 }

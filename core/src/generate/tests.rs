@@ -156,6 +156,7 @@ fn eight_answers_at_once_are_the_same_as_one_after_another() {
             max_batch: 1,
             cache_bytes: 0,
             threads: 2,
+            ..EngineOptions::default()
         },
         Box::new(|_| ()),
     )
@@ -225,19 +226,16 @@ fn kept_sequences_stay_within_their_bytes_and_the_oldest_goes_first() {
             .model
             .step(&Pool::new(1, 0), &mut [(&mut sequence, &[token; 30])])
             .unwrap();
-        sequence
+        seat::Seat::Host(sequence)
     };
-    let each = sequence(0).kv.bytes();
+    let each = sequence(0).bytes();
     let mut prefixes = prefix::Prefixes::new(2 * each + each / 2);
     for key in [10, 11] {
         prefixes.put(&student, key, sequence(key as u32));
     }
     // A use by another episode counts as a use.
     let copy = prefixes.take(&student, 5, &[10; 21], 0, false).unwrap();
-    assert_eq!(
-        (copy.ids.len(), copy.kv.len(), prefixes.bytes()),
-        (20, 20, 2 * each)
-    );
+    assert_eq!((copy.ids().len(), prefixes.bytes()), (20, 2 * each));
     prefixes.put(&student, 12, sequence(12));
     assert_eq!(prefixes.bytes(), 2 * each);
     assert!(prefixes.take(&student, 5, &[11; 30], 0, false).is_none());
@@ -245,7 +243,7 @@ fn kept_sequences_stay_within_their_bytes_and_the_oldest_goes_first() {
         prefixes
             .take(&student, 10, &[10; 30], 0, false)
             .unwrap()
-            .ids,
+            .ids(),
         [10; 29]
     );
     assert_eq!(prefixes.bytes(), each);

@@ -1,5 +1,6 @@
 //! The engine's thread: takes jobs in, has the model make a step for some of them, chooses tokens, hands out what ended.
 
+use std::ops::Range;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,15 +8,16 @@ use std::time::Instant;
 use super::fast::{self, FastOp, FastOrder, FastReport, Snapshots};
 use super::prefix::Prefixes;
 use super::sampler;
-use super::scheduler::{self, Slot, MAX_PREFILL_ROWS};
+use super::scheduler::{self, Slot, MAX_CARD_ROWS, MAX_PREFILL_ROWS};
+use super::seat::{self, Cards, Seat, Unread};
 use super::{
     locked, EngineCounters, EngineOptions, FastError, Finish, GenerateError, Generated, Job,
     Shared, Ticket,
 };
 use crate::chat::Grammar;
+use crate::device::DeviceError;
 use crate::kernels::{log_sum_exp, Hold, Pool, Random};
 use crate::limits::{MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS};
-use crate::model::{Model, Sequence};
 
 /// Room for a reply in a new sequence; it grows if that is not enough.
 const REPLY_ROOM: usize = 64;
@@ -37,6 +39,7 @@ pub(super) fn run(
         active: Vec::new(),
         prefixes: Prefixes::new(options.cache_bytes),
         snapshots: Snapshots::new(options.cache_bytes),
+        cards: Cards::new(options.device),
         last_student: 0,
         counters: EngineCounters::default(),
         prefill: Speed::default(),
@@ -115,7 +118,7 @@ struct Active {
     job: Job,
     ticket: Ticket,
     /// Absent until the model has something to read.
-    sequence: Option<Sequence>,
+    sequence: Option<Seat>,
     /// The prompt and, behind it, the reply so far. Those beyond the sequence's length have not been read yet.
     tokens: Vec<u32>,
     prompt_len: usize,
@@ -171,7 +174,7 @@ impl Active {
     fn read(&self) -> usize {
         self.sequence
             .as_ref()
-            .map_or(0, |sequence| sequence.ids.len())
+            .map_or(0, |sequence| sequence.ids().len())
     }
 
     fn student(&self) -> usize {
@@ -179,7 +182,7 @@ impl Active {
     }
 
     /// Checks the prompt, adds what the grammar forces and finds a sequence that begins like it.
-    fn begin(&mut self, prefixes: &mut Prefixes) -> Option<Ended> {
+    fn begin(&mut self, prefixes: &mut Prefixes, cards: &mut Cards) -> Option<Ended> {
         self.began = Some(Instant::now());
         let model = &self.job.student.model;
         let (tokens, limit) = (
@@ -197,15 +200,29 @@ impl Active {
         if let Some(ended) = self.add_forced() {
             return Some(ended);
         }
-        let capacity = self.tokens.len() + self.max_tokens.min(REPLY_ROOM);
+        let (capacity, learning) = self.room();
         let student = &self.job.student;
-        let learning = self.job.fast_weights && student.model.config.ttt.is_some();
         let found = prefixes.take(student, self.job.key, &self.tokens, capacity, learning);
-        let sequence = found.unwrap_or_else(|| student.model.sequence(capacity, learning));
-        self.cached_tokens = sequence.ids.len().min(self.prompt_len);
+        let sequence = found.unwrap_or_else(|| cards.sequence(&student.model, capacity, learning));
+        self.cached_tokens = sequence.ids().len().min(self.prompt_len);
         self.sequence = Some(sequence);
         self.ask_rule(false);
         None
+    }
+
+    /// Tokens that a new sequence should have room for, and whether it learns.
+    fn room(&self) -> (usize, bool) {
+        let learns = self.job.student.model.config.ttt.is_some();
+        let capacity = self.tokens.len() + self.max_tokens.min(REPLY_ROOM);
+        (capacity, self.job.fast_weights && learns)
+    }
+
+    /// Begins to read again on the processor, after a card failed.
+    fn leave_card(&mut self) {
+        let (capacity, learning) = self.room();
+        let sequence = self.job.student.model.sequence(capacity, learning);
+        self.sequence = Some(Seat::Host(sequence));
+        self.ask_rule(false);
     }
 
     /// Has the job's rule say how the sequence goes on learning; without one it goes on as it was trained to, whatever a rule of an
@@ -215,25 +232,19 @@ impl Active {
             return;
         };
         let trained = self.job.student.model.config.ttt.as_ref();
-        let fast = &mut sequence.fast;
-        let Some(trained) = trained.filter(|_| fast.is_on()) else {
+        let Some(trained) = trained.filter(|_| sequence.is_learning()) else {
             return;
         };
         let order = match &self.job.fast_rule {
-            Some(rule) => rule(&fast::seen(fast, sequence.ids.len(), behind_chunk)),
+            Some(rule) => rule(&fast::seen(sequence, behind_chunk)),
             None => FastOrder::default(),
         };
-        fast.at_once = self.job.fast_rule.is_some();
-        if order.reset {
-            fast.reset();
-        }
-        fast.switch(order.on);
-        fast.scale_step(trained, order.step);
+        sequence.obey(order, self.job.fast_rule.is_some(), trained);
     }
 
     /// Tokens up to the next edge, where a rule wants to be asked there.
     fn to_edge(&self) -> usize {
-        let chunk = |s: &Sequence| Some(s.fast.chunk_len()? - s.ids.len() % s.fast.chunk_len()?);
+        let chunk = |s: &Seat| Some(s.chunk_len()? - s.ids().len() % s.chunk_len()?);
         let ruled = self
             .sequence
             .as_ref()
@@ -389,39 +400,31 @@ impl Active {
     }
 }
 
-/// Looks at the loss of some of the tokens just read, those whose next token is known, and ends the chunk's mean at its edge.
-/// `hidden`: the last block's output of the tokens just read (n, d).
-fn note_losses(
-    pool: &Pool,
-    model: &Model,
-    sequence: &mut Sequence,
-    tokens: &[u32],
-    hidden: &[f32],
-) {
-    let Some(chunk) = sequence.fast.chunk_len() else {
-        return;
+/// Positions among `range`, which is about to be read, whose next token is known and whose loss is looked at for a rule.
+fn looked_at(seat: &Seat, tokens: &[u32], range: Range<usize>) -> Vec<usize> {
+    let Some(chunk) = seat.chunk_len() else {
+        return Vec::new();
     };
-    let (d, vocab) = (model.config.hidden_size, model.config.vocab_size);
-    let end = sequence.ids.len();
-    let from = end - hidden.len() / d;
     let stride = chunk.div_ceil(LOSS_TOKENS);
-    let chosen: Vec<usize> = (from..end.min(tokens.len() - 1))
+    let known = range.start..range.end.min(tokens.len() - 1);
+    known
         .filter(|position| position % stride == stride / 2)
-        .collect();
-    let rows: Vec<usize> = chosen.iter().map(|position| position - from).collect();
-    let logits = match rows.is_empty() {
-        true => Vec::new(),
-        false => model.logits(pool, hidden, &rows),
-    };
-    for (position, logits) in chosen.into_iter().zip(logits.chunks_exact(vocab)) {
+        .collect()
+}
+
+/// Notes the losses of `positions` by their logits (n, v), and ends the chunk's mean at its edge.
+fn note_losses(seat: &mut Seat, tokens: &[u32], positions: &[usize], logits: &[f32], vocab: usize) {
+    for (position, logits) in positions.iter().zip(logits.chunks_exact(vocab)) {
         let target = logits[tokens[position + 1] as usize];
-        sequence
-            .fast
-            .losses
-            .add(log_sum_exp(logits) - f64::from(target));
+        let loss = log_sum_exp(logits) - f64::from(target);
+        seat.losses_mut().add(loss);
     }
-    if end.is_multiple_of(chunk) {
-        sequence.fast.losses.close();
+    let end = seat.ids().len();
+    if seat
+        .chunk_len()
+        .is_some_and(|chunk| end.is_multiple_of(chunk))
+    {
+        seat.losses_mut().close();
     }
 }
 
@@ -479,6 +482,7 @@ struct Worker {
     active: Vec<Active>,
     prefixes: Prefixes,
     snapshots: Snapshots,
+    cards: Cards,
     /// The student of the last step, as [`Slot::student`].
     last_student: usize,
     counters: EngineCounters,
@@ -518,7 +522,12 @@ impl Worker {
                 decoding: active.first_token.is_some(),
             })
             .collect();
-        let batch = scheduler::next(&slots, self.last_student, self.max_batch);
+        let elsewhere = |active: &Active| active.sequence.as_ref().is_none_or(Seat::is_on_card);
+        let most_rows = match self.cards.serve() && self.active.iter().all(elsewhere) {
+            true => MAX_CARD_ROWS,
+            false => MAX_PREFILL_ROWS,
+        };
+        let batch = scheduler::next(&slots, self.last_student, self.max_batch, most_rows);
         if let Some((at, _)) = batch.first() {
             self.last_student = slots[*at].student;
             self.step(&batch);
@@ -528,12 +537,12 @@ impl Worker {
     /// One step for jobs of one student: places in `active` and tokens to read of each.
     fn step(&mut self, batch: &[(usize, usize)]) {
         let mut ended: Vec<(usize, Ended)> = Vec::new();
-        let mut parts: Vec<(usize, Sequence, usize)> = Vec::new();
+        let mut parts: Vec<(usize, Seat, usize)> = Vec::new();
         for &(at, planned) in batch {
             let active = &mut self.active[at];
             let mut planned = planned;
             if active.began.is_none() {
-                if let Some(end) = active.begin(&mut self.prefixes) {
+                if let Some(end) = active.begin(&mut self.prefixes, &mut self.cards) {
                     ended.push((at, end));
                     continue;
                 }
@@ -547,7 +556,7 @@ impl Worker {
             let planned = planned.min(active.to_edge());
             if let Some(sequence) = active.sequence.take() {
                 // What was found in the cache makes it less than was planned.
-                let left = active.tokens.len() - sequence.ids.len();
+                let left = active.tokens.len() - sequence.ids().len();
                 parts.push((at, sequence, left.min(planned)));
             }
         }
@@ -566,83 +575,128 @@ impl Worker {
         }
     }
 
-    fn compute(
+    /// One step, or two where some sequences are on a card and others are not.
+    fn compute(&mut self, parts: Vec<(usize, Seat, usize)>, ended: &mut Vec<(usize, Ended)>) {
+        let (card, host): (Vec<_>, Vec<_>) = parts
+            .into_iter()
+            .partition(|(_, seat, _)| seat.is_on_card());
+        for parts in [card, host].into_iter().filter(|parts| !parts.is_empty()) {
+            self.compute_there(parts, ended);
+        }
+    }
+
+    fn compute_there(
         &mut self,
-        mut parts: Vec<(usize, Sequence, usize)>,
+        mut parts: Vec<(usize, Seat, usize)>,
         ended: &mut Vec<(usize, Ended)>,
     ) {
         let started = Instant::now();
         let model = self.active[parts[0].0].job.student.model.clone();
-        let mut reading: Vec<(&mut Sequence, &[u32])> = parts
+        // Of each sequence the rows whose losses are looked at, and the last one where the next token is to be chosen.
+        let (mut rows, mut looked, mut row) = (Vec::new(), Vec::new(), 0);
+        for (at, seat, tokens) in &parts {
+            let active = &self.active[*at];
+            let range = seat.ids().len()..seat.ids().len() + tokens;
+            let positions = match active.job.fast_rule {
+                Some(_) => looked_at(seat, &active.tokens, range.clone()),
+                None => Vec::new(),
+            };
+            rows.extend(
+                positions
+                    .iter()
+                    .map(|position| row + position - range.start),
+            );
+            let asks = range.end == active.tokens.len();
+            rows.extend(asks.then_some(row + tokens - 1));
+            looked.push((positions, asks));
+            row += tokens;
+        }
+        let mut reading: Vec<(&mut Seat, &[u32])> = parts
             .iter_mut()
-            .map(|(at, sequence, tokens)| {
-                let from = sequence.ids.len();
-                (sequence, &self.active[*at].tokens[from..from + *tokens])
+            .map(|(at, seat, tokens)| {
+                let from = seat.ids().len();
+                (seat, &self.active[*at].tokens[from..from + *tokens])
             })
             .collect();
-        let hidden = match model.step(&self.pool, &mut reading) {
-            Ok(hidden) => hidden,
-            Err(error) => {
+        let logits = match seat::read(&self.pool, &model, &mut reading, &rows) {
+            Ok(logits) => logits,
+            Err(Unread::Model(error)) => {
                 let why = GenerateError::Model(error.to_string());
                 ended.extend(parts.into_iter().map(|(at, ..)| (at, Err(why.clone()))));
                 return;
             }
+            Err(Unread::Card(why)) => return self.leave_card(parts, &why),
         };
-        let (mut rows, mut asking) = (Vec::new(), Vec::new());
-        let (mut end_row, mut prefill, mut decode) = (0, 0, 0);
-        let width = model.config.hidden_size;
-        for (at, mut sequence, tokens) in parts {
-            end_row += tokens;
+        let mut asking = Vec::new();
+        let (mut prefill, mut decode, mut seen) = (0, 0, 0);
+        let vocab = model.config.vocab_size;
+        for ((at, mut sequence, tokens), (positions, asks)) in parts.into_iter().zip(looked) {
+            let own = &logits[seen * vocab..(seen + positions.len() + usize::from(asks)) * vocab];
+            seen += own.len() / vocab;
             let active = &mut self.active[at];
             match active.first_token {
                 Some(_) => decode += tokens,
                 None => prefill += tokens,
             }
             let mut drifted = None;
-            for (layer, update) in sequence.fast.updates.drain(..) {
+            for (layer, update) in sequence.take_updates() {
                 self.counters.fast_updates += 1;
                 self.counters.fast_trips += u64::from(update.tripped);
                 let drift = update.drift;
                 let why = GenerateError::Drifted { layer, drift };
                 drifted = drifted.or(update.tripped.then_some(why));
             }
-            let drift = f64::from(sequence.fast.drift());
+            let drift = f64::from(sequence.drift());
             self.counters.fast_drift = self.counters.fast_drift.max(drift);
             if let Some(why) = drifted {
                 // Its other layers learned from the same text, and its keys and values are of all of them.
                 ended.push((at, Err(why)));
                 continue;
             }
-            if sequence.ids.len() == active.tokens.len() {
-                rows.push(end_row - 1);
-                asking.push(at);
+            if asks {
+                asking.push((at, &own[positions.len() * vocab..]));
             }
             if active.job.fast_rule.is_some() {
-                let read = &hidden[(end_row - tokens) * width..end_row * width];
-                note_losses(&self.pool, &model, &mut sequence, &active.tokens, read);
+                note_losses(&mut sequence, &active.tokens, &positions, own, vocab);
             }
             let at_edge = sequence
-                .fast
                 .chunk_len()
-                .is_some_and(|c| sequence.ids.len().is_multiple_of(c));
+                .is_some_and(|c| sequence.ids().len().is_multiple_of(c));
             active.sequence = Some(sequence);
             if at_edge {
                 active.ask_rule(true);
             }
         }
-        if !rows.is_empty() {
-            let width = model.config.vocab_size;
-            let logits = model.logits(&self.pool, &hidden, &rows);
-            for (at, logits) in asking.into_iter().zip(logits.chunks_exact(width)) {
-                if let Some(end) = self.active[at].choose(logits) {
-                    ended.push((at, end));
-                }
+        for (at, logits) in asking {
+            if let Some(end) = self.active[at].choose(logits) {
+                ended.push((at, end));
             }
         }
         // A step that does both is shared out by rows.
         let seconds = started.elapsed().as_secs_f64() / (prefill + decode).max(1) as f64;
         self.prefill.add(prefill, seconds * prefill as f64);
         self.decode.add(decode, seconds * decode as f64);
+    }
+
+    /// After a step that a card failed at: its answers go on on the processor, and if the card is lost, all others there as well.
+    fn leave_card(&mut self, parts: Vec<(usize, Seat, usize)>, why: &DeviceError) {
+        self.cards.failed(why);
+        for (at, seat, _) in parts {
+            drop(seat);
+            self.active[at].leave_card();
+        }
+        if let DeviceError::Lost(_) = why {
+            let on_card = |active: &&mut Active| {
+                let seat = active.sequence.as_ref();
+                seat.is_some_and(Seat::is_on_card)
+            };
+            self.active
+                .iter_mut()
+                .filter(on_card)
+                .for_each(Active::leave_card);
+            self.prefixes.forget_cards();
+            self.snapshots.forget_cards();
+        }
     }
 
     /// Looks at or changes the state of an episode.
@@ -656,7 +710,12 @@ impl Worker {
             if running.is_some() {
                 return Err(FastError::Busy);
             }
-            let copy = self.snapshots.get(key, number)?.clone();
+            let kept = self.snapshots.get(key, number)?;
+            let copy = kept.copy().ok_or_else(|| FastError::NoRoom {
+                needed: kept.bytes(),
+                free: 0,
+                limit: kept.bytes(),
+            })?;
             if !self.prefixes.replace(key, copy) {
                 return Err(FastError::Nothing);
             }
@@ -673,14 +732,14 @@ impl Worker {
         };
         let mut snapshot = 0;
         match op {
-            FastOp::Reset => sequence.fast.reset(),
+            FastOp::Reset => sequence.reset(),
             FastOp::Snapshot => snapshot = self.snapshots.take(key, sequence)?,
             FastOp::Inspect | FastOp::Restore(_) | FastOp::Forget(_) => {}
         }
         Ok(FastReport {
             snapshot,
             snapshots: self.snapshots.of(key),
-            ..fast::report(sequence)
+            ..sequence.report()
         })
     }
 

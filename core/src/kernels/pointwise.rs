@@ -147,6 +147,11 @@ impl RopeTable {
         Self { half, cos, sin }
     }
 
+    /// Cosines and sines, (positions, e / 2) each.
+    pub fn angles(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// Positions in the table.
     pub fn len(&self) -> usize {
         self.cos.len() / self.half

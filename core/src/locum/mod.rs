@@ -27,6 +27,7 @@ pub use serve::Call;
 pub use types::*;
 
 use crate::calls::CallFormat;
+use crate::device::Device;
 use crate::episode::EpisodeId;
 use crate::generate::{Engine, EngineOptions, Student};
 use crate::limits;
@@ -93,6 +94,7 @@ struct Inner {
     starting: Mutex<()>,
     train_threads: usize,
     weights: WeightFormat,
+    device: Arc<Device>,
     no_learning: bool,
     closed: AtomicBool,
     busy: AtomicU64,
@@ -124,6 +126,7 @@ impl Locum {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let count = |n: usize| if n == 0 { cores } else { n.min(256) };
         let events = Arc::new(Events::new());
+        let device = Device::new(options.device.clone());
         let (mut base, mut engine) = (None, None);
         if !options.no_model {
             let dir: Option<PathBuf> = match &options.base {
@@ -161,6 +164,7 @@ impl Locum {
                         } else {
                             options.max_cache_bytes
                         },
+                        device: device.clone(),
                     },
                     Box::new(move |number| done.push(EventKind::CallDone, number, 0, json!({}))),
                 )?));
@@ -181,6 +185,7 @@ impl Locum {
             starting: Mutex::default(),
             train_threads: count(options.train_threads),
             weights: options.weights,
+            device,
             no_learning: options.no_learning,
             closed: AtomicBool::new(false),
             busy: AtomicU64::new(0),

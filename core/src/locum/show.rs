@@ -130,6 +130,7 @@ impl Locum {
                 .and_then(|v| serde_json::from_value::<EngineStats>(v).ok())
                 .unwrap_or_default();
             stats.engine.kernels = report::machine().kernels;
+            stats.engine.device = inner.device.words();
         }
         stats
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::device::DeviceOptions;
 use crate::episode::{Actor, Agent, EpisodeId, Task, ToolCall, ToolSpec};
 use crate::model::WeightFormat;
 use crate::policy::{HookStats, Policy, Who};
@@ -33,6 +34,8 @@ pub struct Options {
     pub max_cache_bytes: usize,
     /// Numbers in which models in service keep their weights.
     pub weights: WeightFormat,
+    /// Whether a graphics processor is used, where its object is, and how much of its memory.
+    pub device: DeviceOptions,
 }
 
 /// What is known of an episode when it begins.
@@ -383,6 +386,8 @@ pub struct EngineStats {
     pub prefill_tok_s: f64,
     pub decode_tok_s: f64,
     pub kernels: String,
+    /// What computes: a card, or the processor and why.
+    pub device: String,
 }
 
 /// Something that happened; drained by the host.

@@ -173,6 +173,11 @@ impl Model {
         self.rope.len()
     }
 
+    /// Cosines and sines of the rotary angles, (positions, head_dim / 2) each.
+    pub(crate) fn angles(&self) -> (&[f32], &[f32]) {
+        self.rope.angles()
+    }
+
     pub(crate) fn param(&self, id: ParamId) -> &[f32] {
         &self.weights.params[&id]
     }

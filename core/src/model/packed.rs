@@ -231,6 +231,19 @@ impl Model {
         unpacked.entry(id).or_insert_with(made).clone()
     }
 
+    /// The numbers of a parameter, taken out of its packed form where it has one and kept nowhere.
+    pub(crate) fn numbers(&self, id: ParamId) -> Arc<Vec<f32>> {
+        match self.weights.params.get(&id) {
+            Some(w) => w.clone(),
+            None => Arc::new(self.packed[&id].unpack()),
+        }
+    }
+
+    /// Whether its matrices are in a format for serving.
+    pub fn is_packed(&self) -> bool {
+        !self.packed.is_empty()
+    }
+
     fn kept_unpacked(&self) -> MutexGuard<'_, BTreeMap<ParamId, Arc<Vec<f32>>>> {
         self.unpacked.lock().unwrap_or_else(|e| e.into_inner())
     }

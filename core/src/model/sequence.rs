@@ -209,7 +209,8 @@ impl ChunkLosses {
         (!known.is_empty()).then(|| known.iter().sum::<f32>() / known.len() as f32)
     }
 
-    fn truncate(&mut self, chunks: usize) {
+    /// Forgets the chunks from `chunks` on, and the open one.
+    pub(crate) fn truncate(&mut self, chunks: usize) {
         self.done.truncate(chunks);
         (self.sum, self.tokens) = (0.0, 0);
     }

@@ -20,7 +20,7 @@ pub struct Machine {
     pub features: Vec<String>,
     /// What the kernels compute with on this processor.
     pub kernels: String,
-    /// Why no graphics processor is used.
+    /// Whether there is a driver for one that Locum knows.
     pub graphics: String,
 }
 
@@ -60,8 +60,8 @@ pub fn machine() -> Machine {
     };
     let kernels = format!("{plain}{bf16}; q8 and q4 with {path:?} ({why})");
     let graphics = match Path::new("/proc/driver/nvidia/version").exists() {
-        true => "an NVIDIA driver is here, but this release computes on the processor only",
-        false => "none found; this release computes on the processor only",
+        true => "an NVIDIA driver is here",
+        false => "no NVIDIA driver found",
     };
     Machine {
         processor: field("/proc/cpuinfo", "model name")

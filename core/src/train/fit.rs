@@ -8,11 +8,13 @@ use std::time::Instant;
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
+use super::card::OnCard;
 use super::checkpoint;
 use super::memory::Memory;
 use super::optim::{AdamW, Schedule};
 use super::plan::{Method, TrainPlan};
 use super::TrainError;
+use crate::device::{Device, DeviceError};
 use crate::kernels::{Pool, Random};
 use crate::model::{
     AdapterConfig, Grads, Lora, Model, PackedRows, ParamId, Tape, TrainId, LINEARS,
@@ -36,7 +38,7 @@ impl Sample {
         self.earlier.iter().cloned().chain([last])
     }
 
-    fn is_usable(&self) -> bool {
+    pub(super) fn is_usable(&self) -> bool {
         let targets: usize = self.spans().map(|span| span.len()).sum();
         targets > 0 && self.spans().all(|span| span.start > 0)
     }
@@ -210,6 +212,58 @@ pub fn fit(
     checkpoint_dir: Option<&Path>,
     control: &mut dyn FnMut(&Progress) -> Flow,
 ) -> Result<Trained, TrainError> {
+    let off = Device::off();
+    let dir = checkpoint_dir;
+    fit_on(
+        pool, &off, base, train, held_out, data_hash, plan, dir, control,
+    )
+}
+
+/// [`fit`] on a card, if `device` has one that takes the training; else, and where the card has no memory left on the way, on the
+/// processor. Where the card fails in the middle, the last checkpoint goes on there.
+///
+/// # Errors
+/// As [`fit`].
+#[allow(clippy::too_many_arguments)]
+pub fn fit_on(
+    pool: &Pool,
+    device: &Device,
+    base: Model,
+    train: &[Sample],
+    held_out: &[Sample],
+    data_hash: &str,
+    plan: &TrainPlan,
+    checkpoint_dir: Option<&Path>,
+    control: &mut dyn FnMut(&Progress) -> Flow,
+) -> Result<Trained, TrainError> {
+    let (data, dir) = (data_hash, checkpoint_dir);
+    // What the card moves it moves in copies of its own, so that the beginning is still there.
+    let again = device.card().map(|_| base.clone());
+    let done = fit_there(
+        pool, device, base, train, held_out, data, plan, dir, control,
+    );
+    match (done, again) {
+        (Err(TrainError::Device(why)), Some(base)) => {
+            device.note(&why);
+            let off = Device::off();
+            fit_there(pool, &off, base, train, held_out, data, plan, dir, control)
+        }
+        (done, _) => done,
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn fit_there(
+    pool: &Pool,
+    device: &Device,
+    base: Model,
+    train: &[Sample],
+    held_out: &[Sample],
+    data_hash: &str,
+    plan: &TrainPlan,
+    checkpoint_dir: Option<&Path>,
+    control: &mut dyn FnMut(&Progress) -> Flow,
+) -> Result<Trained, TrainError> {
     let usable: Vec<usize> = (0..train.len())
         .filter(|&i| train[i].is_usable() && train[i].weight > 0.0)
         .collect();
@@ -282,6 +336,7 @@ pub fn fit(
         }
     }
     let first = plan.first_block(config);
+    let mut card = OnCard::begin(device, &mut trainee, &trainable, &adam, first);
     let mut lower = LowerCache::new(first, train.len(), plan.cache_bytes);
     let mut lower_held = LowerCache::new(first, held_out.len(), plan.cache_bytes / 4);
     let mut grads = Grads::new(trainable.iter().copied());
@@ -306,14 +361,17 @@ pub fn fit(
                 && done >= state.next_evaluation as f64 / plan.evaluations as f64
             {
                 state.next_evaluation += 1;
-                let (loss, exact) =
-                    held_out_loss(pool, &trainee, held_out, first, &mut lower_held)?;
+                let (loss, exact) = match &mut card {
+                    Some(card) => card.held_out_loss(held_out)?,
+                    None => held_out_loss(pool, &trainee, held_out, first, &mut lower_held)?,
+                };
                 let lr = schedule.lr(state.step, done);
                 push_point(&mut state, lr, Some((loss, exact)));
                 if state.best.is_none_or(|best| loss < best) {
                     state.best = Some(loss);
                     state.bad_evaluations = 0;
                     if plan.patience > 0 {
+                        OnCard::bring_back(&card, &mut trainee, None)?;
                         best_weights = Some(snapshot(&trainable, &mut trainee));
                         state.best_step = Some(state.step);
                     }
@@ -334,16 +392,32 @@ pub fn fit(
                 // What untrained filters write at full step size can throw the student off before they have learned what to write.
                 ttt.lr = lr * (done / TTT_WARMUP).clamp(0.003, 1.0) as f32;
             }
-            let outcome = step_gradients(
-                pool, &trainee, train, batch, first, &mut lower, trim, &mut tape, &mut grads,
-            )?;
+            let outcome = match &mut card {
+                Some(on) => match on.step_gradients(train, batch, trim) {
+                    // Nothing has moved in this step yet, so the processor can make it.
+                    Err(DeviceError::Memory(why)) => {
+                        device.note(&DeviceError::Memory(why));
+                        OnCard::bring_back(&card, &mut trainee, Some(&mut adam))?;
+                        card = None;
+                        continue;
+                    }
+                    outcome => outcome?,
+                },
+                None => step_gradients(
+                    pool, &trainee, train, batch, first, &mut lower, trim, &mut tape, &mut grads,
+                )?,
+            };
             if outcome.weight > 0.0 {
                 if !outcome.loss.is_finite() {
                     return Err(TrainError::Diverged { step: state.step });
                 }
-                adam.step(pool, lr, plan.clip, &grads, |id, change| {
-                    trainee.with(id, change)
-                })?;
+                if let Some(card) = &mut card {
+                    card.move_tensors(&mut adam, lr, plan.clip)?;
+                } else {
+                    adam.step(pool, lr, plan.clip, &grads, |id, change| {
+                        trainee.with(id, change)
+                    })?;
+                }
             }
             drop(attention);
             state.since.loss += outcome.loss;
@@ -379,6 +453,7 @@ pub fn fit(
             let due = last_checkpoint.elapsed().as_secs_f64() >= plan.checkpoint_seconds;
             if let (Some(dir), true) = (checkpoint_dir, due || flow == Flow::Stop) {
                 let best = best_weights.as_ref();
+                OnCard::bring_back(&card, &mut trainee, Some(&mut adam))?;
                 checkpoint::save(dir, &state, &trainable, &mut trainee, &adam, best)?;
                 last_checkpoint = Instant::now();
             }
@@ -401,6 +476,8 @@ pub fn fit(
     if let (Some(ttt), Some(lr)) = (&mut trainee.model.config.ttt, step_size) {
         ttt.lr = lr;
     }
+    OnCard::bring_back(&card, &mut trainee, None)?;
+    drop(card);
     if let (StopReason::EarlyStop, Some(best)) = (stopped, best_weights) {
         for (id, data) in best {
             trainee.with(id, &mut |w| w.copy_from_slice(&data));
@@ -465,6 +542,22 @@ fn share_done(plan: &TrainPlan, state: &State) -> f64 {
     }
 }
 
+/// Which targets of a batch are left out because a token of theirs is less likely than `below` already, by the weights of their rows
+/// set to 0; how many these are.
+pub(super) fn leave_out(below: f64, nll: &[f32], owner: &[usize], weights: &mut [f32]) -> u64 {
+    let mut worst = vec![0f32; owner.last().map_or(0, |last| last + 1)];
+    for (nll, &o) in nll.iter().zip(owner) {
+        worst[o] = worst[o].max(*nll);
+    }
+    let limit = -(below.max(1e-12).ln()) as f32;
+    for (w, &o) in weights.iter_mut().zip(owner) {
+        if worst[o] > limit {
+            *w = 0.0;
+        }
+    }
+    worst.iter().filter(|w| **w > limit).count() as u64
+}
+
 pub(super) struct StepOutcome {
     pub loss: f64,
     pub weight: f64,
@@ -501,17 +594,7 @@ pub(super) fn step_gradients(
     let mut trimmed = 0;
     if let Some(below) = trim {
         let seen = model.head_loss(pool, &x, (&at, &labels, &weights), None);
-        let mut worst = vec![0f32; owner.last().map_or(0, |last| last + 1)];
-        for (nll, &o) in seen.nll.iter().zip(&owner) {
-            worst[o] = worst[o].max(*nll);
-        }
-        let limit = -(below.max(1e-12).ln()) as f32;
-        trimmed = worst.iter().filter(|w| **w > limit).count() as u64;
-        for (w, &o) in weights.iter_mut().zip(&owner) {
-            if worst[o] > limit {
-                *w = 0.0;
-            }
-        }
+        trimmed = leave_out(below, &seen.nll, &owner, &mut weights);
     }
     let weight: f32 = weights.iter().sum();
     let shared = rows.shared() as u64;
@@ -546,13 +629,13 @@ pub(super) fn step_gradients(
     })
 }
 
-fn ids_of<'a>(samples: &'a [Sample], batch: &[usize]) -> Vec<&'a [u32]> {
+pub(super) fn ids_of<'a>(samples: &'a [Sample], batch: &[usize]) -> Vec<&'a [u32]> {
     batch.iter().map(|&i| &samples[i].ids[..]).collect()
 }
 
 /// Rows that predict a target, with label, weight and the number of the target they belong to. A shared row is there once for
 /// each entry that learns from it, so that the weights of its labels add up.
-fn targets(
+pub(super) fn targets(
     samples: &[Sample],
     batch: &[usize],
     rows: &PackedRows,
@@ -660,7 +743,7 @@ fn batches(usable: &[usize], samples: &[Sample], plan: &TrainPlan, epoch: u64) -
     batches
 }
 
-fn pack(order: &[usize], samples: &[Sample], batch_tokens: usize) -> Vec<Vec<usize>> {
+pub(super) fn pack(order: &[usize], samples: &[Sample], batch_tokens: usize) -> Vec<Vec<usize>> {
     let mut batches: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;
     for &i in order {

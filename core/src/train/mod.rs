@@ -1,5 +1,6 @@
 //! Supervised fine-tuning in the background: one loop for the upper layers, LoRA and full fine-tuning alike. What differs is a list of tensors.
 
+mod card;
 mod checkpoint;
 mod fit;
 mod memory;
@@ -9,11 +10,14 @@ mod plan;
 mod tests;
 
 pub use checkpoint::forget;
-pub use fit::{evaluate_loss, fit, CurvePoint, Flow, Progress, Sample, StopReason, Trained};
+pub use fit::{
+    evaluate_loss, fit, fit_on, CurvePoint, Flow, Progress, Sample, StopReason, Trained,
+};
 pub use memory::Memory;
 pub use optim::{AdamW, Schedule};
 pub use plan::{Method, TrainPlan};
 
+use crate::device::DeviceError;
 use crate::model::ModelError;
 
 /// Why a training could not be done. The base model is never touched.
@@ -38,6 +42,9 @@ pub enum TrainError {
     Memory { needed: u64, limit: u64 },
     #[error("checkpoint {path}: {why}")]
     Checkpoint { path: String, why: String },
+    /// The card failed: what was computed there since the last checkpoint is gone.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error("the job was cancelled")]
     Cancelled,
 }

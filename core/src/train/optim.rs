@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::TrainError;
+use crate::device::TrainRates;
 use crate::kernels::{Pool, SharedMut};
 use crate::model::{Grads, TrainId};
 
@@ -56,36 +57,9 @@ impl AdamW {
         for (id, grad) in &grads.map {
             norms.insert(*id, squared_norm(pool, grad));
         }
-        let norm = norms.values().sum::<f64>().sqrt();
-        if !norm.is_finite() {
-            return Err(TrainError::Diverged { step: self.steps });
-        }
-        self.steps += 1;
-        if self.steps == 2 {
-            let stopped = |(id, norm): &(&TrainId, &f64)| {
-                let short = matches!(id, TrainId::Full(id) if id.is_of_learning_layer());
-                **norm == 0.0 && !short
-            };
-            if let Some((id, _)) = norms.iter().find(stopped) {
-                return Err(TrainError::NoGradient(id.name()));
-            }
-        }
-        let scale = if clip > 0.0 && norm > clip {
-            (clip / norm) as f32
-        } else {
-            1.0
-        };
-        // Bias correction divides by 1 - beta^step, so the first step must be 1, not 0.
-        let c1 = 1.0 - BETA1.powi(self.steps.min(1 << 20) as i32);
-        let c2 = 1.0 - BETA2.powi(self.steps.min(1 << 20) as i32);
-        let root_c2 = (c2.sqrt()) as f32;
-        for (id, grad) in &grads.map {
-            let (lr, decay) = match id {
-                TrainId::Full(id) if id.is_of_learning_layer() => (lr * self.learning_layers, 0.0),
-                _ => (lr, self.weight_decay),
-            };
-            let rate = (lr / c1) as f32;
-            let decay = 1.0 - (lr * decay) as f32;
+        let (norm, rates) = self.rates(lr, clip, &norms)?;
+        let (scale, root_c2) = (rates.scale, rates.root);
+        for ((id, grad), (rate, decay)) in grads.map.iter().zip(rates.tensors) {
             let (m, v) = self
                 .moments
                 .get_mut(id)
@@ -111,6 +85,54 @@ impl AdamW {
             });
         }
         Ok(norm)
+    }
+}
+
+impl AdamW {
+    /// Counts a step, and says the norm of all gradients before clipping and the numbers of the step, by tensor in the order of
+    /// `squared_norms`.
+    ///
+    /// # Errors
+    /// As [`Self::step`].
+    pub fn rates(
+        &mut self,
+        lr: f64,
+        clip: f64,
+        squared_norms: &BTreeMap<TrainId, f64>,
+    ) -> Result<(f64, TrainRates), TrainError> {
+        let norm = squared_norms.values().sum::<f64>().sqrt();
+        if !norm.is_finite() {
+            return Err(TrainError::Diverged { step: self.steps });
+        }
+        self.steps += 1;
+        if self.steps == 2 {
+            let stopped = |(id, norm): &(&TrainId, &f64)| {
+                let short = matches!(id, TrainId::Full(id) if id.is_of_learning_layer());
+                **norm == 0.0 && !short
+            };
+            if let Some((id, _)) = squared_norms.iter().find(stopped) {
+                return Err(TrainError::NoGradient(id.name()));
+            }
+        }
+        // Bias correction divides by 1 - beta^step, so the first step must be 1, not 0.
+        let c1 = 1.0 - BETA1.powi(self.steps.min(1 << 20) as i32);
+        let c2 = 1.0 - BETA2.powi(self.steps.min(1 << 20) as i32);
+        let tensor = |id: &TrainId| {
+            let (lr, decay) = match id {
+                TrainId::Full(id) if id.is_of_learning_layer() => (lr * self.learning_layers, 0.0),
+                _ => (lr, self.weight_decay),
+            };
+            ((lr / c1) as f32, 1.0 - (lr * decay) as f32)
+        };
+        let rates = TrainRates {
+            tensors: squared_norms.keys().map(tensor).collect(),
+            scale: match clip > 0.0 && norm > clip {
+                true => (clip / norm) as f32,
+                false => 1.0,
+            },
+            root: c2.sqrt() as f32,
+        };
+        Ok((norm, rates))
     }
 }
 

@@ -15,7 +15,7 @@ from ._types import LibraryNotFound, LocumError, error_class
 ABI_MAJOR, ABI_MINOR = 0, 1
 
 OK, PENDING, EMPTY, TEACHER = 0, 1, 2, 3
-OPEN_READ_ONLY, OPEN_NO_LEARNING, OPEN_NO_MODEL = 1, 2, 4
+OPEN_READ_ONLY, OPEN_NO_LEARNING, OPEN_NO_MODEL, OPEN_NO_DEVICE = 1, 2, 4, 8
 STEP_IS_ERROR = 1
 ACTORS = {"unknown": 0, "teacher": 1, "student": 2, "human": 3, "script": 4}
 OUTCOMES = {"unknown": 0, "success": 1, "failure": 2, "partial": 3, "aborted": 4}
@@ -95,6 +95,7 @@ class Options(_Sized):
         ("worker_threads", c_uint32), ("train_threads", c_uint32),
         ("max_disk_bytes", c_uint64), ("max_cache_bytes", c_uint64),
         ("weights", c_int32), ("reserved", c_uint32),
+        ("device_library", Str), ("max_device_bytes", c_uint64),
     ]  # fmt: skip
 
 

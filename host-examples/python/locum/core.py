@@ -51,6 +51,8 @@ class Locum:
     - `learn`: False records and serves but starts no distillation in this process; `load_model`: False only records;
       `read_only` only looks.
     - `library`: the shared library; None to find it (see `locum.find_library`).
+    - `device_library`: liblocum_cuda.so; None for the one beside the library, if any. `max_device_bytes` of the card's memory: 0 for three
+      quarters of what is free. `device=False` computes on the processor. A card that cannot be used is no error: `stats` says why.
 
     Opening raises `LibraryNotFound`, `PolicyError`, `StoreError` or another `LocumError`. A base model that is missing is no
     error: everything is recorded then, and the teacher plays.
@@ -71,12 +73,16 @@ class Locum:
         load_model: bool = True,
         read_only: bool = False,
         library: PathLike | None = None,
+        device: bool = True,
+        device_library: PathLike | None = None,
+        max_device_bytes: int = 0,
     ) -> None:
         self.store = Path(store)
         self._options = {
             "flags": (_ffi.OPEN_READ_ONLY if read_only else 0)
             | (0 if learn else _ffi.OPEN_NO_LEARNING)
-            | (0 if load_model else _ffi.OPEN_NO_MODEL),
+            | (0 if load_model else _ffi.OPEN_NO_MODEL)
+            | (0 if device else _ffi.OPEN_NO_DEVICE),
             "store_dir": os.fsencode(self.store),
             "policy_path": os.fsencode(policy) if policy else b"",
             "base_model_dir": os.fsencode(base_model) if base_model else b"",
@@ -85,6 +91,8 @@ class Locum:
             "max_disk_bytes": max_disk_bytes,
             "max_cache_bytes": max_cache_bytes,
             "weights": WEIGHTS.index(weights) + 1 if weights in WEIGHTS else -1,
+            "device_library": os.fsencode(device_library) if device_library else b"",
+            "max_device_bytes": max_device_bytes,
         }
         self._library_path = library
         self._opening = threading.Lock()

@@ -1,0 +1,143 @@
+// The block around attention: embeddings, RMSNorm, rotary positions into the cache, SwiGLU, and products of few rows.
+#include "common.cuh"
+
+// x (t, d) = rows of the table (v, d). Grid (t).
+template <class T> static __device__ void embed(const T *table, const unsigned *ids, float *x, int d) {
+  size_t row = blockIdx.x;
+  const T *from = table + (size_t)ids[row] * d;
+  for (int i = threadIdx.x; i < d; i += blockDim.x) x[row * d + i] = widen(from[i]);
+}
+
+// out (n, d) = x / sqrt(mean(x^2) + eps) * w, of the rows `rows` of x, or of all. `plain`, where given, gets it in float too. Grid (n).
+template <class T>
+static __device__ void rms_norm(const float *x, const float *w, const int *rows, T *out, float *plain, int d, float eps) {
+  __shared__ float scratch[32];
+  size_t at = blockIdx.x;
+  const float *from = x + (rows ? (size_t)rows[at] : at) * d;
+  float sum = 0;
+  for (int i = threadIdx.x; i < d; i += blockDim.x) sum += from[i] * from[i];
+  float r = rsqrtf(block_sum(sum, scratch) / d + eps);
+  for (int i = threadIdx.x; i < d; i += blockDim.x) {
+    float y = from[i] * r * w[i];
+    narrow(y, out + at * d + i);
+    if (plain) plain[at * d + i] = y;
+  }
+}
+
+// One warp a head: norms (Qwen3) and rotates queries and keys, and puts keys and values where their sequence keeps them.
+// qkv (t, (h + 2g) e) -> q (t, h, e), keys, values. Grid (t, ceil((h + 2g) / 4)), 128 threads.
+template <class T>
+static __device__ void rope_split(const T *qkv, const unsigned *positions, const float *cos, const float *sin, const float *q_norm,
+                           const float *k_norm, const int *span_of, const Span *spans, int layer, T *q, int h, int g, int e, float eps) {
+  size_t row = blockIdx.x;
+  int head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, half = e / 2;
+  if (head >= h + 2 * g) return;
+  const Span span = spans[span_of[row]];
+  size_t pos = span.pos + (row - span.row);
+  const T *from = qkv + (row * (h + 2 * g) + head) * e;
+  if (head >= h + g) {
+    T *to = values_of<T>(span, layer) + (pos * g + (head - h - g)) * e;
+    for (int i = lane; i < e; i += 32) to[i] = from[i];
+    return;
+  }
+  const float *w = head < h ? q_norm : k_norm;
+  float r = 1;
+  if (w) {
+    float sum = 0;
+    for (int i = lane; i < e; i += 32) sum += widen(from[i]) * widen(from[i]);
+    r = rsqrtf(warp_sum(sum) / e + eps);
+  }
+  T *to = head < h ? q + (row * h + head) * e : keys_of<T>(span, layer) + (pos * g + (head - h)) * e;
+  const float *c = cos + (size_t)positions[row] * half, *s = sin + (size_t)positions[row] * half;
+  for (int i = lane; i < half; i += 32) {
+    float a = widen(from[i]), b = widen(from[i + half]);
+    if (w) {
+      a *= r * w[i];
+      b *= r * w[i + half];
+    }
+    narrow(a * c[i] - b * s[i], to + i);
+    narrow(b * c[i] + a * s[i], to + i + half);
+  }
+}
+
+// act (t, f) = silu(gate) * up of rows [gate | up] (t, 2f). `plain`, where given, gets it in float too. Grid (t).
+template <class T> static __device__ void swiglu(const T *gate_up, T *act, float *plain, int f) {
+  size_t row = blockIdx.x;
+  for (int i = threadIdx.x; i < f; i += blockDim.x) {
+    float gate = widen(gate_up[row * 2 * f + i]), up = widen(gate_up[row * 2 * f + f + i]);
+    float y = gate / (1 + expf(-gate)) * up;
+    narrow(y, act + row * f + i);
+    if (plain) plain[row * f + i] = y;
+  }
+}
+
+// y (n, out) = x (n, k) wT for at most R rows, a warp a column. Where `sums` is given it is added to it, elsewhere put into `y`.
+// Grid (ceil(out / 4)), 128 threads.
+template <class T, int R>
+static __device__ void few_rows(const T *x, const T *w, T *y, float *sums, int add, int n, int k, int out) {
+  int column = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (column >= out) return;
+  const T *row = w + (size_t)column * k;
+  float acc[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) acc[r] = 0;
+  // Sixteen bytes at a time where rows begin at such.
+  const int wide = 16 / sizeof(T);
+  int whole = k % wide == 0 ? k : 0;
+  for (int i = lane * wide; i < whole; i += 32 * wide) {
+    alignas(16) T part[16 / sizeof(T)];
+    *(uint4 *)part = *(const uint4 *)(row + i);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      if (r < n) {
+        alignas(16) T mine[16 / sizeof(T)];
+        *(uint4 *)mine = *(const uint4 *)(x + (size_t)r * k + i);
+#pragma unroll
+        for (int j = 0; j < wide; j++) acc[r] += widen(part[j]) * widen(mine[j]);
+      }
+    }
+  }
+  for (int i = whole + lane; i < k; i += 32) {
+#pragma unroll
+    for (int r = 0; r < R; r++)
+      if (r < n) acc[r] += widen(row[i]) * widen(x[(size_t)r * k + i]);
+  }
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    float sum = warp_sum(acc[r]);
+    if (lane != 0 || r >= n) continue;
+    size_t at = (size_t)r * out + column;
+    if (sums) sums[at] = add ? sums[at] + sum : sum;
+    else narrow(sum, y + at);
+  }
+}
+
+// out = x in another format. Grid (ceil(n / 256)), 256 threads.
+template <class T> static __device__ void convert(const float *x, T *out, u64 n) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) narrow(x[i], out + i);
+}
+
+#define FORWARD(T, name) \
+  extern "C" __global__ void embed_##name(const T *table, const unsigned *ids, float *x, int d) { embed<T>(table, ids, x, d); } \
+  extern "C" __global__ void rms_norm_##name(const float *x, const float *w, const int *rows, T *out, float *plain, int d, float eps) { \
+    rms_norm<T>(x, w, rows, out, plain, d, eps); \
+  } \
+  extern "C" __global__ void __launch_bounds__(128) rope_split_##name( \
+      const T *qkv, const unsigned *positions, const float *cos, const float *sin, const float *q_norm, const float *k_norm, \
+      const int *span_of, const Span *spans, int layer, T *q, int h, int g, int e, float eps) { \
+    rope_split<T>(qkv, positions, cos, sin, q_norm, k_norm, span_of, spans, layer, q, h, g, e, eps); \
+  } \
+  extern "C" __global__ void swiglu_##name(const T *gate_up, T *act, float *plain, int f) { swiglu<T>(gate_up, act, plain, f); } \
+  extern "C" __global__ void __launch_bounds__(128) \
+      one_row_##name(const T *x, const T *w, T *y, float *sums, int add, int n, int k, int out) { \
+    few_rows<T, 1>(x, w, y, sums, add, n, k, out); \
+  } \
+  extern "C" __global__ void __launch_bounds__(128) \
+      four_rows_##name(const T *x, const T *w, T *y, float *sums, int add, int n, int k, int out) { \
+    few_rows<T, 4>(x, w, y, sums, add, n, k, out); \
+  } \
+  extern "C" __global__ void convert_##name(const float *x, T *out, u64 n) { convert<T>(x, out, n); }
+
+FORWARD(float, f32)
+FORWARD(bf16, bf16)

@@ -1,0 +1,66 @@
+// Layers that learn while they are read: the product by a sequence's own weight, the filter, the drift and its cap. All in float.
+#include "common.cuh"
+
+// A row of the batch and the weight (d, f) that it meets.
+struct Met {
+  u64 weight;
+  int row, unused;
+};
+
+// x (t, d) row += W z row, a warp an output. Grid (rows, ceil(d / 4)), 128 threads.
+extern "C" __global__ void __launch_bounds__(128) met_rows(const Met *met, const float *z, float *x, int d, int f) {
+  const Met mine = met[blockIdx.x];
+  int column = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (column >= d) return;
+  const float *w = (const float *)mine.weight + (size_t)column * f, *from = z + (size_t)mine.row * f;
+  float sum = 0;
+  for (int i = lane; i < f; i += 32) sum += w[i] * from[i];
+  sum = warp_sum(sum);
+  if (lane == 0) x[(size_t)mine.row * d + column] += sum;
+}
+
+// out (c, d): each channel's filter of k taps over a chunk u (c, d), with zeros around it; taps (d, k). Grid (c).
+extern "C" __global__ void filter_chunk(const float *u, const float *taps, float *out, int c, int d, int k) {
+  int row = blockIdx.x;
+  for (int i = threadIdx.x; i < d; i += blockDim.x) {
+    float sum = 0;
+    for (int tap = 0; tap < k; tap++) {
+      int from = row + tap - k / 2;
+      if (from >= 0 && from < c) sum += taps[i * k + tap] * u[(size_t)from * d + i];
+    }
+    out[(size_t)row * d + i] = sum;
+  }
+}
+
+// sums[block] = part of |w - start|^2. Each thread's few terms in float, the rest in double. 256 threads.
+extern "C" __global__ void distance_parts(const float *w, const float *start, u64 n, double *sums) {
+  __shared__ double scratch[256];
+  u64 step = (u64)gridDim.x * blockDim.x;
+  double sum = 0;
+  for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
+    float apart = w[i] - (start ? start[i] : 0);
+    sum += (double)apart * apart;
+  }
+  scratch[threadIdx.x] = sum;
+  __syncthreads();
+  for (unsigned half = 128; half > 0; half /= 2) {
+    if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) sums[blockIdx.x] = scratch[0];
+}
+
+// drift = sqrt(sum of the parts) / norm; flag = whether it is past the cap or no number. One thread.
+extern "C" __global__ void judge_drift(const double *sums, int parts, double norm, float cap, float *drift, int *flag) {
+  double all = 0;
+  for (int i = 0; i < parts; i++) all += sums[i];
+  float apart = (float)(sqrt(all) / norm);
+  *drift = apart;
+  *flag = !(apart <= cap) || isinf(apart);
+}
+
+// w = start where the flag is up. Grid (ceil(n / 256)), 256 threads.
+extern "C" __global__ void begin_again(float *w, const float *start, u64 n, const int *flag) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (*flag && i < n) w[i] = start[i];
+}

@@ -1,0 +1,169 @@
+//! Rows of a batch and the attention over them: which form it takes.
+
+use std::sync::Arc;
+
+use crate::card::{launch, or_null, Buffer, Format, Lane};
+use crate::driver::{Address, Result};
+use crate::model::{Layer, Model};
+
+/// Queries of one tile.
+const TILE_ROWS: usize = 64;
+/// New rows of a sequence from which on tiles are worth their place.
+const MIN_TILED: usize = 16;
+/// Keys of one block where a long cache is split.
+const SPLIT_KEYS: usize = 256;
+const MOST_SPLITS: usize = 64;
+
+/// Shared memory of a tile (attention.cu, `attend_tile`).
+pub fn tile_bytes(e: usize) -> usize {
+    let (le, ls, lp, lo) = (e + 8, 64 + 4, 64 + 8, e + 4);
+    3 * 64 * le * 2 + 64 * lo * 4 + 4 * 16 * ls * 4 + 4 * 16 * lp * 2
+}
+
+/// New rows of one sequence, as kernels read it (common.cuh, `Span`).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Span {
+    pub base: u64,
+    pub layer_stride: u64,
+    pub v_offset: u64,
+    pub row: i32,
+    pub len: i32,
+    pub pos: i32,
+    pub unused: i32,
+}
+
+/// Where the rows of a batch stand, on the card.
+pub struct Rows {
+    pub t: usize,
+    pub ids: Buffer,
+    pub positions: Buffer,
+    pub span_of: Buffer,
+    pub spans: Buffer,
+    /// Spans in tiles, and the rows of the others; `None` for all rows.
+    tiles: Option<(Buffer, usize)>,
+    by_row: Option<(Option<Buffer>, usize)>,
+    /// Most keys of a row that goes by itself.
+    keys: usize,
+}
+
+impl Rows {
+    /// `ids` are the tokens of `spans`, one after another.
+    pub fn new(
+        lane: &Arc<Lane>,
+        (format, e): (Format, usize),
+        ids: &[u32],
+        spans: &[Span],
+    ) -> Result<Self> {
+        let t = ids.len();
+        let (mut positions, mut span_of) = (Vec::with_capacity(t), Vec::with_capacity(t));
+        let (mut tiles, mut single, mut keys) = (Vec::new(), Vec::new(), 0);
+        let tiled = format == Format::Bf16 && lane.card.has_tiles(e);
+        for (i, span) in spans.iter().enumerate() {
+            let (row, len, pos) = (span.row as usize, span.len as usize, span.pos as usize);
+            positions.extend((pos..pos + len).map(|p| p as u32));
+            span_of.extend(std::iter::repeat_n(i as i32, len));
+            match tiled && len >= MIN_TILED {
+                true => tiles.extend(
+                    (0..len)
+                        .step_by(TILE_ROWS)
+                        .map(|first| [i as i32, first as i32]),
+                ),
+                false => {
+                    single.extend((row..row + len).map(|r| r as i32));
+                    keys = keys.max(pos + len);
+                }
+            }
+        }
+        let by_row = match single.len() {
+            0 => None,
+            n if n == t => Some((None, n)),
+            n => Some((Some(lane.upload(&single)?), n)),
+        };
+        Ok(Self {
+            t,
+            ids: lane.upload(ids)?,
+            positions: lane.upload(&positions)?,
+            span_of: lane.upload(&span_of)?,
+            spans: lane.upload(spans)?,
+            tiles: match tiles.len() {
+                0 => None,
+                n => Some((lane.upload(&tiles)?, n)),
+            },
+            by_row,
+            keys,
+        })
+    }
+}
+
+impl Model {
+    /// Rotates queries and keys of qkv (t, qkv), puts keys and values where their sequences keep them, and queries into q (t, h, e).
+    pub fn rope(
+        &self,
+        block: &Layer,
+        rows: &Rows,
+        layer: usize,
+        qkv: Address,
+        q: Address,
+    ) -> Result<()> {
+        let m = &self.dims;
+        let kernel = self.lane.kernel("rope_split", Some(m.format));
+        launch!(self.lane, kernel, (rows.t, (m.h + 2 * m.g).div_ceil(4), 1), 128, 0;
+            qkv, rows.positions.at, self.cos.at, self.sin.at, or_null(block.q_norm.as_ref()), or_null(block.k_norm.as_ref()),
+            rows.span_of.at, rows.spans.at, layer as i32, q, m.h as i32, m.g as i32, m.e as i32, m.eps)
+    }
+
+    /// out (t, h, e) of q (t, h, e) over what each sequence has read so far; `lse` (t, h), unless 0, for the backward pass.
+    pub fn attend(
+        &self,
+        rows: &Rows,
+        layer: usize,
+        q: Address,
+        out: Address,
+        lse: Address,
+    ) -> Result<()> {
+        let (m, lane) = (&self.dims, &self.lane);
+        if let Some((tiles, n)) = &rows.tiles {
+            launch!(lane, lane.tile_kernel(m.e), (*n, m.h, 1), 128, tile_bytes(m.e);
+                q, rows.spans.at, tiles.at, layer as i32, out, lse, m.h as i32, m.g as i32, m.scale())?;
+        }
+        let Some((list, n)) = &rows.by_row else {
+            return Ok(());
+        };
+        // As many blocks as keep the card busy, none with less than its share of keys.
+        let wanted = (4 * lane.card.multiprocessors()).div_ceil(n * m.h);
+        let splits = match lse {
+            0 => wanted
+                .min(rows.keys.div_ceil(SPLIT_KEYS))
+                .clamp(1, MOST_SPLITS),
+            _ => 1,
+        };
+        let parts = match splits {
+            1 => None,
+            _ => Some(lane.buffer(n * m.h * splits * (m.e + 2) * 4)?),
+        };
+        let list = or_null(list.as_ref());
+        launch!(lane, lane.kernel(by_width(m.e, ROWS), Some(m.format)), (*n, m.h, splits), 128, 0;
+            q, list, rows.span_of.at, rows.spans.at, layer as i32, out, lse, or_null(parts.as_ref()),
+            m.h as i32, m.g as i32, m.e as i32, m.scale())?;
+        match &parts {
+            None => Ok(()),
+            Some(parts) => {
+                launch!(lane, lane.kernel("attend_join", Some(m.format)), (*n, m.h, 1), 64, 0;
+                parts.at, list, out, splits as i32, m.e as i32)
+            }
+        }
+    }
+}
+
+const ROWS: [&str; 4] = ["attend_row1", "attend_row2", "attend_row4", "attend_row8"];
+
+/// The kernel for heads of this width.
+pub fn by_width(e: usize, names: [&'static str; 4]) -> &'static str {
+    match e.div_ceil(32) {
+        1 => names[0],
+        2 => names[1],
+        3 | 4 => names[2],
+        _ => names[3],
+    }
+}
