@@ -1,5 +1,11 @@
 //! What of the facade needs no agent: the order in which a canary counts, a rollback, and a pin made by another process.
 
+mod crash;
+mod fire;
+mod life;
+mod several;
+mod shim;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -464,8 +470,12 @@ impl Policy for Eager {
     fn label(&self, episode: &EpisodeInfo) -> Option<LabelVerdict> {
         TeacherFirst.label(episode)
     }
-    fn curate(&self, episode: &EpisodeInfo) -> CurateVerdict {
-        TeacherFirst.curate(episode)
+    fn curate(&self, _: &EpisodeInfo) -> CurateVerdict {
+        CurateVerdict {
+            use_it: true,
+            weight: 1.0,
+            reason: "it went well".into(),
+        }
     }
     fn schedule(&self, world: &WorldInfo) -> ScheduleVerdict {
         TeacherFirst.schedule(world)
