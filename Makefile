@@ -5,7 +5,7 @@
 # make interop what Locum writes, opened by transformers and PEFT (fetches PyTorch, some GB; INTEROP_PYTHON=... takes yours)
 # make cuda     liblocum_cuda.so, with which students compute on an NVIDIA card; needs no card to build (fetches 105 MB)
 # make cuda-check   its tests and speed on a machine with a card, from what `make cuda-carry` put together
-# make soak     the loop under load for a while (SOAK_SECONDS=600)
+# make soak     the loop under load for a while (SOAK_SECONDS=600), then kills, failing disks and swaps, an hour or so (SOAK_KILLS=10000 SOAK_SWAPS=1000)
 # make clean    throw away what was built and fetched
 #
 # Needed beforehand: Rust, a C and a C++ compiler, Python 3.10 or newer with pip and venv, make, and a network for the packages.
@@ -14,6 +14,8 @@
 LEVEL ?= GoToLocal
 STORE ?= .cache/demo/$(LEVEL)
 SOAK_SECONDS ?= 600
+SOAK_KILLS ?= 10000
+SOAK_SWAPS ?= 1000
 PYTHON ?= python3
 CARGO ?= cargo
 CC ?= cc
@@ -165,6 +167,7 @@ bench-quick:
 
 soak:
 	@LOCUM_SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --workspace --test main soak:: -- --nocapture
+	@LOCUM_SOAK_KILLS=$(SOAK_KILLS) LOCUM_SOAK_SWAPS=$(SOAK_SWAPS) $(CARGO) test --release -p locum-core --lib -- --nocapture --test-threads=1 crash:: shim:: fire:: several::
 
 clean:
 	rm -rf $(CACHE)

@@ -9,6 +9,7 @@
 
 pub mod limits;
 pub mod threads;
+pub mod files;
 pub mod episode;
 pub mod calls;
 pub mod view;

@@ -8,6 +8,7 @@ use locum_core::model::ModelError;
 use locum_core::registry::RegistryError;
 use locum_core::store::StoreError;
 use locum_lua::PolicyError;
+use serde_json::Value;
 
 /// A failed command. `Display` is one sentence; [`Fail::next`] says what to do, where that is not in the sentence.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,13 @@ pub enum Fail {
     /// The policy has errors, which were printed.
     #[error("{name} is not usable: {}", errors.join("; "))]
     Policy { name: String, errors: Vec<String> },
+    /// A check found something that is not as it was written; it was printed.
+    #[error("{} findings of damage in {}", n, dir.display())]
+    Damaged {
+        n: usize,
+        dir: PathBuf,
+        result: Box<Value>,
+    },
     #[error(transparent)]
     Locum(#[from] Error),
     #[error(transparent)]
@@ -55,12 +63,23 @@ pub enum Fail {
 }
 
 impl Fail {
+    /// What the command had found before it failed, for `--json`.
+    pub fn result(&self) -> Option<Value> {
+        match self {
+            Fail::Damaged { result, .. } => Some(Value::clone(result)),
+            _ => None,
+        }
+    }
+
     pub fn next(&self) -> Option<&'static str> {
         match self {
             Fail::NoStore { .. } => Some(
                 "Name one with --store or LOCUM_STORE; a host or `locum episodes import` makes it.",
             ),
             Fail::Missing { next, .. } => Some(next),
+            Fail::Damaged { .. } => {
+                Some("`locum store check --repair` puts right what needs no guess.")
+            }
             Fail::NotConfirmed { .. } => Some("Say --yes to do it."),
             Fail::Lua(_) | Fail::Policy { .. } => {
                 Some("`locum policy check FILE` shows all that is wrong with a policy.")

@@ -14,6 +14,7 @@ mod model;
 mod out;
 mod policy;
 mod report;
+mod store;
 mod students;
 
 use std::ffi::OsString;
@@ -82,6 +83,9 @@ enum Command {
     Promote(students::Promote),
     /// Take the promoted student back
     Rollback,
+    /// Whether the store is sound
+    #[command(subcommand)]
+    Store(store::Command),
     /// Policies written in Lua
     #[command(subcommand)]
     Policy(policy::Command),
@@ -123,6 +127,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Students => students::list(&place, &out),
         Command::Promote(promote) => students::promote(promote, &place, &out),
         Command::Rollback => students::rollback(&place, &out),
+        Command::Store(command) => store::run(command, &place, &out),
         Command::Policy(command) => policy::run(command, &out),
         Command::Bench(args) => bench::run(args, &place, &out),
         Command::Report(report) => report::run(report, &place, &out),
@@ -134,7 +139,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             if let Some(next) = fail.next() {
                 eprintln!("       {next}");
             }
-            out.result(&json!({ "error": fail.to_string() }));
+            let mut result = fail.result().unwrap_or_else(|| json!({}));
+            result["error"] = json!(fail.to_string());
+            out.result(&result);
             ExitCode::FAILURE
         }
     }

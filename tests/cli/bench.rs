@@ -59,6 +59,28 @@ fn every_bench_measures_what_it_names() {
 }
 
 #[test]
+fn recording_is_measured_beside_the_disk_and_plain_sqlite() {
+    let world = World::new();
+    let record = world.json(&["bench", "record", "--tokens", "500"]);
+    for part in ["record", "message", "durable", "fdatasync"] {
+        assert!(record[part]["p99_us"].as_f64().unwrap() > 0.0, "{record}");
+    }
+    for rate in [
+        "sustained_steps_s",
+        "sqlite_single_rows_s",
+        "sqlite_grouped_rows_s",
+    ] {
+        assert!(record[rate].as_f64().unwrap() > 0.0, "{record}");
+    }
+    let flood = &record["flood"];
+    assert_eq!(
+        flood["busy"], flood["stats_busy"],
+        "each refusal is counted"
+    );
+    assert!(flood["taken"].as_u64().unwrap() > 0);
+}
+
+#[test]
 fn what_learning_costs_is_measured_where_something_is_learned() {
     let world = World::new();
     let tiny = world.path("tiny");

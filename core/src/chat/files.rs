@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file;
 use serde_json::{json, Map, Value};
 
 use super::{Chat, ChatError, Template, Tokenizer};
+use crate::files::write_whole;
 use crate::limits::MAX_CONFIG_BYTES;
 
 impl Chat {
@@ -213,16 +214,10 @@ pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ChatError> {
     Ok(bytes)
 }
 
-/// Writes a temporary sibling, syncs it and renames it, so that a reader never sees half a file.
+/// Writes a file so that a reader never sees half of it.
 pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), ChatError> {
-    let fail = |source| ChatError::File {
+    write_whole(path, bytes).map_err(|source| ChatError::File {
         path: path.into(),
         source,
-    };
-    let temporary = path.with_extension("partial");
-    let mut file = fs::File::create(&temporary).map_err(fail)?;
-    file.write_all(bytes)
-        .and_then(|()| file.sync_all())
-        .map_err(fail)?;
-    fs::rename(&temporary, path).map_err(fail)
+    })
 }

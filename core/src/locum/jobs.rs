@@ -18,8 +18,9 @@ use crate::train::Flow;
 
 /// How often the policy's `schedule` is asked when nothing wakes the keeper.
 const SCHEDULE_TICK: Duration = Duration::from_secs(5);
-/// How often the keeper looks whether another process pinned a student or took one back.
-const TICK: Duration = Duration::from_secs(1);
+/// How often the keeper looks whether another process promoted a student, pinned one or took one back: twice a second, so that
+/// it serves here within one.
+const TICK: Duration = Duration::from_millis(500);
 /// Shortest time between two questions to `schedule`, however often the keeper is woken.
 const NUDGED_REST: Duration = Duration::from_millis(500);
 /// How often the keeper looks while shadow replies are on their way.
@@ -172,7 +173,7 @@ impl Locum {
 }
 
 impl Inner {
-    fn put_job(&self, record: &JobRecord) -> Result<(), Error> {
+    pub(super) fn put_job(&self, record: &JobRecord) -> Result<(), Error> {
         let value = serde_json::to_value(record).expect("a job prints");
         Ok(self
             .store

@@ -1,5 +1,6 @@
 //! The facade: what every door (C ABI, command, Rust host) calls. It decides at the top and leaves computing to the rooms below.
 
+mod check;
 mod events;
 mod fast;
 mod jobs;
@@ -22,6 +23,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 pub use crate::error::Error;
+pub use check::{check_store, repair_store, StoreCheck};
 pub use judge::TttOptions;
 pub use serve::Call;
 pub use types::*;

@@ -32,6 +32,8 @@ pub(super) struct Open {
     pub task: Task,
     pub steps: Vec<Step>,
     pub bytes: usize,
+    /// Why something of it was lost, as long as that could not be recorded either.
+    pub lost: Option<String>,
     /// Settled at the first decision and kept to the end.
     pub plays: Option<Plays>,
     /// Steps that somebody else than `plays` had to take over.
@@ -100,6 +102,7 @@ impl Locum {
             task: episode.task.clone(),
             steps: Vec::new(),
             bytes: 0,
+            lost: None,
             plays: None,
             deferred: 0,
             invalid_calls: 0,
@@ -139,18 +142,12 @@ impl Locum {
         let policy = self.inner.loaded().policy.clone();
         let mut piece = piece_from_message(message).map_err(Error::Argument)?;
         if let Err(why) = redact_piece(&mut piece, &mut |info| policy.redact(&info)) {
-            self.put(Record::Incomplete {
-                episode: id,
-                reason: format!("a step was not recorded: {why}"),
-            })?;
+            self.mark_lost(id, format!("a step was not recorded: {why}"));
             return Ok(());
         }
         let bytes = size(&piece);
         if bytes > limits::MAX_STEP_BYTES {
-            let _ = self.put(Record::Incomplete {
-                episode: id,
-                reason: "a step was larger than the limit".into(),
-            });
+            self.mark_lost(id, "a step was larger than the limit".into());
             return Err(Error::Limit {
                 what: "bytes of a step",
                 found: bytes,
@@ -168,10 +165,7 @@ impl Locum {
         if open.bytes + bytes > limits::MAX_EPISODE_BYTES {
             let found = open.bytes + bytes;
             drop(episodes);
-            let _ = self.put(Record::Incomplete {
-                episode: id,
-                reason: "the episode grew beyond the limit".into(),
-            });
+            self.mark_lost(id, "the episode grew beyond the limit".into());
             return Err(Error::Limit {
                 what: "bytes of an episode",
                 found,
@@ -249,10 +243,7 @@ impl Locum {
         drop(episodes);
         for record in records {
             if let Err(error) = self.put(record) {
-                let _ = self.put(Record::Incomplete {
-                    episode: id,
-                    reason: format!("a step was lost: {error}"),
-                });
+                self.mark_lost(id, format!("a step was lost: {error}"));
                 return Err(error);
             }
         }
@@ -285,8 +276,19 @@ impl Locum {
             outcome: Box::new(outcome),
             close: true,
         };
+        // Before the outcome, or an episode that lacks a step could be taken for a whole one.
+        let mark = || match &open.lost {
+            Some(reason) => self.put(Record::Incomplete {
+                episode: id,
+                reason: reason.clone(),
+            }),
+            None => Ok(()),
+        };
         let flush = || Ok(self.inner.store.flush(END_TIMEOUT)?);
-        if let Err(error) = self.put(record).and_then(|()| flush()) {
+        if let Err(error) = mark()
+            .and_then(|()| self.put(record))
+            .and_then(|()| flush())
+        {
             let episodes = self.inner.episodes.lock();
             episodes.unwrap_or_else(|e| e.into_inner()).insert(id, open);
             return Err(error);
@@ -343,6 +345,24 @@ impl Locum {
 
     fn put(&self, record: Record) -> Result<(), Error> {
         self.inner.put(record)
+    }
+
+    /// Marks that something of an open episode was lost. Where the queue is full that is remembered, and recorded before the end.
+    fn mark_lost(&self, id: EpisodeId, reason: String) {
+        let marked = self.put(Record::Incomplete {
+            episode: id,
+            reason: reason.clone(),
+        });
+        if marked.is_err() {
+            let mut episodes = self
+                .inner
+                .episodes
+                .lock()
+                .unwrap_or_else(|e| e.into_inner());
+            if let Some(open) = episodes.get_mut(&id) {
+                open.lost = Some(reason);
+            }
+        }
     }
 }
 

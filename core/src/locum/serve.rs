@@ -4,7 +4,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
-use sha2::{Digest, Sha256};
 
 use super::fast::key;
 use super::record::{LastAnswer, Plays, Shadow};
@@ -18,6 +17,7 @@ use crate::formats::steps_from_messages;
 use crate::generate::{Finish, GenerateError, Generated, Job, Student, Ticket};
 use crate::limits;
 use crate::policy::{Allow, Choice, ReplyInfo, StepInfo, StudentInfo, ToolInfo, Who};
+use crate::store::prompt_digest;
 
 /// Tool formats kept compiled; hosts use few tool sets.
 const MAX_FORMATS: usize = 64;
@@ -649,11 +649,6 @@ impl Call {
                 .map(|c| json!({ "id": c.id, "type": "function", "function": { "name": c.name, "arguments": c.arguments.to_string() } }))
                 .collect();
         }
-        let digest = self
-            .prompt_ids
-            .iter()
-            .fold(Sha256::new(), |h, id| h.chain_update(id.to_le_bytes()))
-            .finalize();
         let answer = Answer {
             message,
             calls,
@@ -682,7 +677,7 @@ impl Call {
                     prompt: answer.prompt_ids.clone(),
                     reply: answer.reply_ids.clone(),
                 },
-                digest: digest.iter().map(|b| format!("{b:02x}")).collect(),
+                digest: prompt_digest(&answer.prompt_ids),
             });
             if let Some(decision) = open.decision.as_mut() {
                 decision.confidence = Some(answer.confidence);

@@ -1,5 +1,12 @@
 //! What of the facade needs no agent: the order in which a canary counts, a rollback, and a pin made by another process.
 
+mod crash;
+mod earlier;
+mod fire;
+mod life;
+mod several;
+mod shim;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -328,6 +335,49 @@ fn an_episode_whose_end_cannot_be_written_stays_open() {
     }
 }
 
+#[test]
+fn a_full_queue_answers_busy_at_once_and_marks_what_it_cost_however_full_it_was() {
+    let world = World::new(0);
+    let locum = world.open(true);
+    let path = world.store.join(crate::store::DATABASE);
+    let other = rusqlite::Connection::open(path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let text = "x".repeat(60_000);
+    let message = json!({"role": "user", "content": text});
+    let mut episodes = Vec::new();
+    let mut busy = 0;
+    // Five episodes of 15 MB are more than what may wait.
+    for _ in 0..5 {
+        let handle = locum.begin(EpisodeStart::default()).unwrap();
+        let mut lost = 0;
+        for _ in 0..250 {
+            let began = Instant::now();
+            match locum.message(&handle, &message, StepMeta::default()) {
+                Ok(()) => {}
+                Err(Error::Store(crate::store::StoreError::Busy { .. })) => lost += 1,
+                Err(other) => panic!("{other}"),
+            }
+            assert!(began.elapsed() < Duration::from_secs(1), "it waited");
+        }
+        episodes.push((handle, lost));
+        busy += lost;
+    }
+    assert!(
+        busy > 50 && locum.stats().busy >= busy,
+        "{busy} were refused"
+    );
+    other.execute_batch("COMMIT").unwrap();
+    for (handle, lost) in episodes {
+        while locum.end(&handle, Outcome::default()).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let episode = locum.inner.store.episode(handle.0).unwrap().unwrap();
+        assert_eq!(episode.steps.len() as u64, 250 - lost);
+        assert_eq!(episode.incomplete, lost > 0, "{lost} were lost");
+    }
+    assert!(super::check_store(&world.store).unwrap().sound());
+}
+
 /// Hides the word "secret", and fails at "poison"; lets whoever is offered answer.
 struct Hiding;
 
@@ -464,8 +514,12 @@ impl Policy for Eager {
     fn label(&self, episode: &EpisodeInfo) -> Option<LabelVerdict> {
         TeacherFirst.label(episode)
     }
-    fn curate(&self, episode: &EpisodeInfo) -> CurateVerdict {
-        TeacherFirst.curate(episode)
+    fn curate(&self, _: &EpisodeInfo) -> CurateVerdict {
+        CurateVerdict {
+            use_it: true,
+            weight: 1.0,
+            reason: "it went well".into(),
+        }
     }
     fn schedule(&self, world: &WorldInfo) -> ScheduleVerdict {
         TeacherFirst.schedule(world)

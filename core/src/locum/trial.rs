@@ -280,6 +280,12 @@ impl Inner {
             return;
         }
         let loaded = version.map(|v| self.load_student(v)).transpose();
+        if let Some(engine) = &self.engine {
+            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let pinned = serving.pinned.as_ref().map_or(0, |s| s.version);
+            let trial = serving.trial.as_ref().map_or(0, |t| t.record.version);
+            engine.keep_only(&[version.unwrap_or(0), pinned, trial, 0]);
+        }
         let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
         // The evidence on another student says nothing of this one.
         serving.watch = None;
@@ -674,7 +680,7 @@ impl Inner {
         })
     }
 
-    fn promote(
+    pub(super) fn promote(
         &self,
         mut record: TrialRecord,
         student: Arc<Student>,
@@ -685,7 +691,7 @@ impl Inner {
         record.teacher_success = teacher_success;
         record.ended_at_ms = Some(now_ms());
         record.canary_verdict = Some(verdict.clone());
-        // Evidence first, then the pointer: after a crash between the two the trial is still on and is judged again.
+        // The pointer first, then the trial's end: after a crash between the two the trial is still on and is judged again.
         self.registry.set_current(Some(record.version))?;
         self.save_trial(&record)?;
         let settings = record.settings.clone().unwrap_or_default();
@@ -781,6 +787,9 @@ impl Inner {
             .into_iter()
             .find(|t| Some(t.version) == gone && t.stage == "promoted");
         self.registry.set_current(next)?;
+        if let Some(engine) = &self.engine {
+            engine.keep_only(&[next.unwrap_or(0), 0]);
+        }
         let record = {
             let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
             serving.current = previous;

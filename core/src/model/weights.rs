@@ -1,8 +1,7 @@
 //! Weight files of Hugging Face: safetensors in and out.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,6 +13,7 @@ use serde_json::Value;
 use super::config::Config;
 use super::params::ParamId;
 use super::ModelError;
+use crate::files::write_whole;
 use crate::limits;
 
 /// One parameter in memory, always `f32`, shared between the students that have it in common.
@@ -139,21 +139,7 @@ pub fn write_safetensors(
 
 /// Writes a file so that it is whole or absent after a crash: temporary sibling, sync, rename, sync of the folder.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
-    let temporary = path.with_extension("tmp");
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        if let Some(parent) = path.parent() {
-            File::open(parent)?.sync_all()?;
-        }
-        Ok(())
-    };
-    write().map_err(|e| {
-        let _ = fs::remove_file(&temporary);
-        ModelError::io(path, e)
-    })
+    write_whole(path, bytes).map_err(|e| ModelError::io(path, e))
 }
 
 /// Numbers as file bytes.

@@ -199,6 +199,14 @@ pub(super) fn dir(store_dir: &Path, name: Option<&str>) -> Result<Option<PathBuf
 }
 
 pub(super) fn load(dir: &Path) -> Result<(Model, Chat, String), RegistryError> {
+    let (chat, digest) = verify(dir)?;
+    let model = Model::load(dir)?;
+    check_vocabulary(&model, &chat)?;
+    Ok((model, chat, digest))
+}
+
+/// Compares a base with what was imported, and gives its chat and the SHA-256 of its weights.
+pub(super) fn verify(dir: &Path) -> Result<(Chat, String), RegistryError> {
     let digest = weights_digest(dir)?;
     let chat = Chat::load(dir)?;
     if let Some(imported) = read_imported(dir)? {
@@ -213,9 +221,7 @@ pub(super) fn load(dir: &Path) -> Result<(Model, Chat, String), RegistryError> {
         }
         check_chat(dir, &chat, &imported.chat_digest)?;
     }
-    let model = Model::load(dir)?;
-    check_vocabulary(&model, &chat)?;
-    Ok((model, chat, digest))
+    Ok((chat, digest))
 }
 
 fn summary(store_dir: &Path, dir: &Path) -> Result<BaseSummary, RegistryError> {

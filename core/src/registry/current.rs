@@ -10,14 +10,15 @@ use super::{Manifest, RegistryError};
 use crate::limits::MAX_CONFIG_BYTES;
 use crate::model::write_atomically;
 
+pub const FILE: &str = "current.json";
 /// Most versions kept to go back to.
 const MAX_PREVIOUS: usize = 64;
 
 /// Version 0 means that no student serves.
 #[derive(Default, Serialize, Deserialize)]
-struct Current {
-    version: u64,
-    id: String,
+pub struct Current {
+    pub version: u64,
+    pub id: String,
     /// The oldest first.
     previous: Vec<u64>,
 }
@@ -61,7 +62,7 @@ pub fn set(dir: &Path, student: Option<&Manifest>) -> Result<(), RegistryError> 
     )?)
 }
 
-fn load(dir: &Path) -> Result<Current, RegistryError> {
+pub fn load(dir: &Path) -> Result<Current, RegistryError> {
     let path = path(dir);
     match read(&path, MAX_CONFIG_BYTES) {
         Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| RegistryError::file(&path, e)),
@@ -73,5 +74,5 @@ fn load(dir: &Path) -> Result<Current, RegistryError> {
 }
 
 fn path(dir: &Path) -> PathBuf {
-    dir.join("current.json")
+    dir.join(FILE)
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use sha2::{Digest, Sha256};
 
 use super::RegistryError;
+use crate::files::{rename, sync_folder};
 
 /// What names of unfinished folders begin with.
 const PREFIX: &str = ".tmp-";
@@ -55,13 +56,11 @@ impl Temporary {
 
     /// Syncs everything and gives the folder its name.
     pub fn publish(mut self, to: &Path) -> Result<(), RegistryError> {
-        sync(&self.path)?;
-        fs::rename(&self.path, to).map_err(|e| RegistryError::io(to, e))?;
-        self.published = true;
-        let parent = to.parent().unwrap_or(to);
-        File::open(parent)
-            .and_then(|f| f.sync_all())
-            .map_err(|e| RegistryError::io(parent, e))
+        sync_folder(&self.path).map_err(|e| RegistryError::io(&self.path, e))?;
+        // The folder has its name from here on, whatever becomes of the sync behind it.
+        let renamed = rename(&self.path, to);
+        self.published = !self.path.exists();
+        renamed.map_err(|e| RegistryError::io(to, e))
     }
 }
 
@@ -86,21 +85,21 @@ pub fn lock(dir: &Path) -> Result<File, RegistryError> {
 /// Removes unfinished folders whose writers are gone. A folder that is not there or may not be written is left as it is.
 pub fn sweep(parent: &Path) {
     let Ok(_held) = lock(parent) else { return };
-    let Ok(entries) = fs::read_dir(parent) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
-            continue;
-        }
-        let path = entry.path();
-        let abandoned = File::open(&path).is_ok_and(|f| f.try_lock().is_ok());
-        if abandoned {
-            if let Err(e) = fs::remove_dir_all(&path) {
-                tracing::warn!(path = %path.display(), error = %e, "an unfinished folder cannot be removed");
-            }
+    for path in unfinished(parent) {
+        if let Err(e) = fs::remove_dir_all(&path) {
+            tracing::warn!(path = %path.display(), error = %e, "an unfinished folder cannot be removed");
         }
     }
+}
+
+/// Unfinished folders whose writers are gone.
+pub fn unfinished(parent: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    let begun = entries.filter(|e| e.file_name().to_string_lossy().starts_with(PREFIX));
+    let paths = begun.map(|entry| entry.path());
+    paths
+        .filter(|path| File::open(path).is_ok_and(|f| f.try_lock().is_ok()))
+        .collect()
 }
 
 /// The finished folders of a folder, by name; none if it is not there.
@@ -196,18 +195,4 @@ fn digest_file(path: &Path) -> Result<String, RegistryError> {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-fn sync(dir: &Path) -> Result<(), RegistryError> {
-    let fail = |e| RegistryError::io(dir, e);
-    for entry in fs::read_dir(dir).map_err(fail)? {
-        let path = entry.map_err(fail)?.path();
-        match path.is_dir() {
-            true => sync(&path)?,
-            false => File::open(&path)
-                .and_then(|f| f.sync_all())
-                .map_err(|e| RegistryError::io(&path, e))?,
-        }
-    }
-    File::open(dir).and_then(|f| f.sync_all()).map_err(fail)
 }

@@ -7,6 +7,7 @@
 //! Several processes may open one store; each change is made under a lock that its process cannot leave behind.
 
 mod base;
+mod check;
 mod current;
 mod folder;
 mod manifest;
@@ -21,6 +22,7 @@ use crate::model::{FileDtype, Lora, Model, ModelError};
 use folder::{lock, sweep, weights_digest, Temporary};
 
 pub use base::{import_base, list_bases, set_default_base, BaseSummary};
+pub use check::{check, CheckedModels};
 pub use manifest::{Manifest, STUDENT_SCHEMA};
 
 const BASES: &str = "base";
@@ -234,6 +236,14 @@ impl Registry {
     /// the manifest; else as [`Model::load`] and [`Chat::load`].
     pub fn load(&self, version: u64) -> Result<(Manifest, Model, Chat), RegistryError> {
         let manifest = self.find(version)?;
+        let chat = self.verify(&manifest)?;
+        let model = Model::load(&self.student_dir(&manifest.id))?;
+        check_vocabulary(&model, &chat)?;
+        Ok((manifest, model, chat))
+    }
+
+    /// Compares a student's files with its manifest, and gives its chat.
+    fn verify(&self, manifest: &Manifest) -> Result<Chat, RegistryError> {
         let dir = self.student_dir(&manifest.id);
         let same = |what, expected: &str, found: String| match found == expected {
             true => Ok(()),
@@ -253,9 +263,7 @@ impl Registry {
         same("id", &manifest.id, manifest.content_id())?;
         let chat = Chat::load(&dir)?;
         check_chat(&dir, &chat, &manifest.chat_digest)?;
-        let model = Model::load(&dir)?;
-        check_vocabulary(&model, &chat)?;
-        Ok((manifest, model, chat))
+        Ok(chat)
     }
 
     /// One more than any version that is there or served once.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior};
 
 use super::{StoreError, StoreOptions};
+use crate::files::faults;
 
 /// Name of the database inside the store's folder.
 pub const DATABASE: &str = "locum.db";
@@ -77,7 +78,8 @@ pub fn open_writer(dir: &Path, options: &StoreOptions) -> Result<Connection, Sto
     new.write(true).create_new(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut new, 0o600);
-    match new.open(&path) {
+    let made = faults::check("make", &path).and_then(|()| new.open(&path));
+    match made {
         Ok(_) => {}
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
         Err(source) => return Err(StoreError::Folder { path, source }),
@@ -209,7 +211,10 @@ fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
             )
             .map_err(said)?;
     }
-    transaction.commit().map_err(said)
+    let failed = |e| said(super::writer::said_by_the_disk(e));
+    faults::check("migrate", path).map_err(failed)?;
+    transaction.commit().map_err(said)?;
+    faults::check("migrated", path).map_err(failed)
 }
 
 fn retry_busy<T>(mut attempt: impl FnMut() -> rusqlite::Result<T>) -> rusqlite::Result<T> {

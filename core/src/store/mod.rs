@@ -8,10 +8,12 @@
 //! Several processes, and several stores of one process, may open one folder. Within a process only
 //! this library may open the file: two copies of SQLite break each other's locks.
 
+mod check;
 mod database;
 pub mod json;
 mod forking;
 mod read;
+mod repair;
 mod rows;
 mod sessions;
 mod size;
@@ -20,14 +22,17 @@ mod statements;
 mod tests;
 mod writer;
 
+pub use check::{check, prompt_digest, Checked, Finding, Severity};
 pub use database::{DATABASE, SCHEMA_VERSION};
 pub use forking::{after_fork, before_fork};
 pub use read::{Counts, EpisodeSummary, Query};
+pub use repair::repair;
 pub use writer::Health;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{fence, AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::Thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -147,6 +152,8 @@ pub enum JsonTable {
 }
 
 impl JsonTable {
+    const ALL: [JsonTable; 4] = [Self::Job, Self::Trial, Self::Event, Self::Student];
+
     fn name(self) -> &'static str {
         match self {
             JsonTable::Job => "job",
@@ -277,7 +284,7 @@ pub struct Store {
     dir: PathBuf,
     options: StoreOptions,
     /// `None` if the store only reads.
-    sender: Option<Sender<Command>>,
+    door: Option<Door>,
     load: Arc<Load>,
     health: Arc<Mutex<Health>>,
     closed: AtomicBool,
@@ -296,11 +303,18 @@ impl Store {
         let dir = database::prepare_folder(dir, options.read_only)?;
         let load = Arc::new(Load::default());
         let health = Arc::new(Mutex::new(Health::default()));
-        let sender = match options.read_only {
+        let writing = match options.read_only {
             true => None,
             false => {
                 let mut db = database::open_writer(&dir, &options)?;
                 let session = sessions::Session::begin(&mut db, &dir, now_ms())?;
+                Some((db, session))
+            }
+        };
+        let readers = Mutex::new(vec![database::open_reader(&dir, &options)?]);
+        let door = match writing {
+            None => None,
+            Some((db, session)) => {
                 // Unbounded, because the bounds are counted in `load`: they must hold for records that
                 // wait in the writer's own hands too, and never hold up a flush.
                 let (sender, receiver) = crossbeam_channel::unbounded();
@@ -314,21 +328,24 @@ impl Store {
                     load,
                     health,
                 };
-                spawn_quiet("locum-store", move || writer.run()).map_err(|source| {
-                    StoreError::Folder {
-                        path: dir.clone(),
-                        source,
-                    }
-                })?;
-                Some(sender)
+                let thread =
+                    spawn_quiet("locum-store", move || writer.run()).map_err(|source| {
+                        StoreError::Folder {
+                            path: dir.clone(),
+                            source,
+                        }
+                    })?;
+                Some(Door {
+                    sender: Some(sender),
+                    writer: thread.thread().clone(),
+                })
             }
         };
-        let readers = Mutex::new(vec![database::open_reader(&dir, &options)?]);
         let (closed, leading) = (AtomicBool::new(false), Mutex::new(None));
         Ok(Store {
             dir,
             options,
-            sender,
+            door,
             load,
             health,
             closed,
@@ -342,7 +359,8 @@ impl Store {
         &self.dir
     }
 
-    /// Gives a record to the writer thread. Never waits, does no I/O.
+    /// Gives a record to the writer thread. Never waits, does no I/O; while records come at least every 100 ms it makes no system
+    /// call either, but for what the allocator may ask for.
     ///
     /// `Ok` means accepted: it is written in order, and kept in memory while the disk refuses. It is
     /// durable after the next [`flush`](Store::flush). A record that does not fit what is stored (a
@@ -352,7 +370,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Busy`] or [`StoreError::TooLarge`]: not taken. [`StoreError::ReadOnly`], [`StoreError::Closed`].
     pub fn record(&self, record: Record) -> Result<(), StoreError> {
-        let sender = self.sender()?;
+        let door = self.door()?;
         let bytes = size::of_record(&record);
         let limit = match &record {
             Record::Begin(_) => MAX_EPISODE_BYTES,
@@ -376,15 +394,21 @@ impl Store {
                 records,
                 bytes: waiting,
             }),
-            true => sender
-                .send(Command::Record { record, bytes })
-                .map_err(|_| StoreError::Closed),
+            true => door.give(Command::Record { record, bytes }),
         };
         if result.is_err() {
             self.load.records.fetch_sub(1, Ordering::Relaxed);
             self.load.bytes.fetch_sub(bytes, Ordering::Relaxed);
+            return result;
         }
-        result
+        // After the record is in the queue: see `Work::next`.
+        fence(Ordering::SeqCst);
+        let filling = 2 * records > self.options.max_queued_records
+            || 2 * waiting > self.options.max_queued_bytes;
+        if filling || self.load.asleep.load(Ordering::Relaxed) {
+            door.writer.unpark();
+        }
+        Ok(())
     }
 
     /// Waits until everything that was accepted before is durable.
@@ -394,9 +418,7 @@ impl Store {
     /// are tried again), or [`StoreError::Timeout`].
     pub fn flush(&self, timeout: Duration) -> Result<(), StoreError> {
         let (reply, answer) = crossbeam_channel::bounded(1);
-        self.sender()?
-            .send(Command::Flush(reply))
-            .map_err(|_| StoreError::Closed)?;
+        self.door()?.ask(Command::Flush(reply))?;
         wait(&answer, timeout)
     }
 
@@ -434,9 +456,7 @@ impl Store {
             value,
             reply,
         };
-        self.sender()?
-            .send(command)
-            .map_err(|_| StoreError::Closed)?;
+        self.door()?.ask(command)?;
         wait(&answer, PUT_TIMEOUT)
     }
 
@@ -467,7 +487,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Lost`] if the disk still refused, [`StoreError::Timeout`] if the writer was not done.
     pub fn close(&self, timeout: Duration) -> Result<(), StoreError> {
-        let Some(sender) = &self.sender else {
+        let Some(door) = &self.door else {
             return Ok(());
         };
         if self.closed.swap(true, Ordering::AcqRel) {
@@ -477,17 +497,15 @@ impl Store {
         // Readers first, so that the writer's connection is the last and folds the log into the database.
         lock(&self.readers).clear();
         let (reply, answer) = crossbeam_channel::bounded(1);
-        sender
-            .send(Command::Stop(reply))
-            .map_err(|_| StoreError::Closed)?;
+        door.ask(Command::Stop(reply))?;
         wait(&answer, timeout)
     }
 
-    fn sender(&self) -> Result<&Sender<Command>, StoreError> {
-        match &self.sender {
+    fn door(&self) -> Result<&Door, StoreError> {
+        match &self.door {
             None => Err(StoreError::ReadOnly),
             Some(_) if self.closed.load(Ordering::Acquire) => Err(StoreError::Closed),
-            Some(sender) => Ok(sender),
+            Some(door) => Ok(door),
         }
     }
 
@@ -510,6 +528,34 @@ impl Store {
             readers.push(connection);
         }
         result.map_err(|error| database::explain(&self.dir.join(DATABASE), error))
+    }
+}
+
+/// The way to the writer. It sleeps by itself and not in the queue, so that a record wakes it only where it must.
+struct Door {
+    sender: Option<Sender<Command>>,
+    writer: Thread,
+}
+
+impl Door {
+    /// Puts a command into the queue.
+    fn give(&self, command: Command) -> Result<(), StoreError> {
+        let sender = self.sender.as_ref().expect("taken by drop only");
+        sender.send(command).map_err(|_| StoreError::Closed)
+    }
+
+    /// Puts a command into the queue that somebody waits for.
+    fn ask(&self, command: Command) -> Result<(), StoreError> {
+        self.give(command)?;
+        self.writer.unpark();
+        Ok(())
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        self.sender = None;
+        self.writer.unpark();
     }
 }
 

@@ -8,6 +8,7 @@ use rusqlite::{params, Connection, TransactionBehavior};
 use super::database::{explain, private_file, DATABASE};
 use super::{rows, statements::Statements, StoreError};
 use crate::episode::{Judge, JudgeKind, Outcome, Status};
+use crate::files::faults;
 
 /// Folder of the lock files of recording stores.
 const SESSIONS: &str = "sessions";
@@ -46,21 +47,43 @@ impl Session {
         // Locked before the row can be seen: a row without a lock means a dead process.
         let lock = private_file(&path).map_err(failed)?;
         lock.lock().map_err(failed)?;
+        faults::check("register", &database).map_err(failed)?;
         tx.commit().map_err(said)?;
+        faults::check("registered", &database).map_err(failed)?;
         settle_dead(db, dir, number, now_ms)?;
         Ok(Session { number, path, lock })
     }
 
     /// Takes the session out of the list and lets the lock go. Its open episodes must be settled before.
     pub fn end(self) {
+        let _ = faults::check("end of session", &self.path.with_file_name("lock"));
         // The file goes first: whoever opens a file of this name later makes a new one.
         let _ = std::fs::remove_file(&self.path);
         let _ = self.lock.unlock();
     }
 }
 
-fn lock_path(dir: &Path, session: i64) -> PathBuf {
+pub fn lock_path(dir: &Path, session: i64) -> PathBuf {
     dir.join(SESSIONS).join(format!("{session}.lock"))
+}
+
+/// The lock files of a store with their sessions; none if it has no such folder.
+pub fn locks(dir: &Path) -> Vec<(i64, PathBuf)> {
+    let entries = std::fs::read_dir(dir.join(SESSIONS)).into_iter().flatten();
+    let paths = entries.flatten().map(|entry| entry.path());
+    let numbered = |path: PathBuf| {
+        let name = path.file_name()?.to_str()?.strip_suffix(".lock")?;
+        Some((name.parse().ok()?, path))
+    };
+    paths.filter_map(numbered).collect()
+}
+
+/// True if nobody holds the lock, or there is no such file. One that cannot be asked for is no proof of that.
+pub fn is_free(path: &Path) -> bool {
+    match File::open(path) {
+        Ok(file) => file.try_lock().is_ok(),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    }
 }
 
 /// Closes the open episodes of every other session whose lock is free.
@@ -96,7 +119,10 @@ fn settle_dead(db: &mut Connection, dir: &Path, own: i64, now_ms: u64) -> Result
             now_ms,
         )
         .map_err(said)?;
+        let failed = |e| said(super::writer::said_by_the_disk(e));
+        faults::check("settle", &database).map_err(failed)?;
         tx.commit().map_err(said)?;
+        faults::check("settled", &database).map_err(failed)?;
         if n > 0 {
             tracing::warn!(
                 session,

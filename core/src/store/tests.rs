@@ -1,5 +1,8 @@
 //! The store at its door: exact round trips, full queues and disks, killed processes, several of them at once.
 
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+mod quiet;
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};

@@ -4,11 +4,12 @@
 use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{park, park_timeout};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use rusqlite::{params, Connection, ErrorCode};
 
 use super::database::explain;
@@ -17,6 +18,7 @@ use super::sessions::{self, Session};
 use super::statements::Statements;
 use super::{now_ms, JsonTable, Record, StoreError};
 use crate::episode::EpisodeId;
+use crate::files::faults;
 
 /// Most records of one commit: large enough to share the disk's wait, small enough that it stays short.
 const GROUP: usize = 256;
@@ -24,6 +26,10 @@ const GROUP: usize = 256;
 const IDLE: Duration = Duration::from_millis(100);
 /// Time between attempts while the disk refuses.
 const RETRY: Duration = Duration::from_millis(200);
+/// Time after a record in which the writer looks for the next by itself: to wake it would cost the host a system call.
+const LIVELY: Duration = Duration::from_millis(100);
+/// Time between two such looks. A flush does not wait for it.
+const NAP: Duration = Duration::from_millis(2);
 
 /// What the writer is asked for.
 pub enum Command {
@@ -48,6 +54,8 @@ pub enum Command {
 pub struct Load {
     pub records: AtomicUsize,
     pub bytes: AtomicUsize,
+    /// The writer sleeps until somebody wakes it.
+    pub asleep: AtomicBool,
 }
 
 /// How the writer is doing.
@@ -97,6 +105,7 @@ impl Writer {
             pending: Vec::new(),
             tried: None,
             unchecked: false,
+            heard: Instant::now(),
         };
         let reply = work.run();
         let finished = work.finish();
@@ -129,21 +138,20 @@ struct Work<'c> {
     tried: Option<Instant>,
     /// Something was written since the last checkpoint.
     unchecked: bool,
+    /// When the last command came.
+    heard: Instant,
 }
 
 impl Work<'_> {
     /// Returns who asked for the end, if anybody did.
     fn run(&mut self) -> Option<Sender<Result<(), StoreError>>> {
         loop {
-            let next = match (self.pending.is_empty(), self.unchecked) {
-                (false, _) => self.receiver.recv_timeout(RETRY),
-                (true, true) => self.receiver.recv_timeout(IDLE),
-                (true, false) => self
-                    .receiver
-                    .recv()
-                    .map_err(|_| RecvTimeoutError::Disconnected),
+            let patience = match (self.pending.is_empty(), self.unchecked) {
+                (false, _) => Some(RETRY),
+                (true, true) => Some(IDLE),
+                (true, false) => None,
             };
-            match next {
+            match self.next(patience) {
                 Ok(command) => {
                     if let Some(reply) = self.work(command) {
                         return Some(reply);
@@ -155,6 +163,39 @@ impl Work<'_> {
                 Err(RecvTimeoutError::Timeout) => self.checkpoint(),
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
+        }
+    }
+
+    /// Waits for a command. Naps while records come, so that nobody has to wake it; sleeps otherwise.
+    fn next(&mut self, patience: Option<Duration>) -> Result<Command, RecvTimeoutError> {
+        let began = Instant::now();
+        loop {
+            match self.receiver.try_recv() {
+                Ok(command) => {
+                    self.heard = Instant::now();
+                    return Ok(command);
+                }
+                Err(TryRecvError::Disconnected) => return Err(RecvTimeoutError::Disconnected),
+                Err(TryRecvError::Empty) => {}
+            }
+            let left = patience.map(|patience| patience.saturating_sub(began.elapsed()));
+            if left == Some(Duration::ZERO) {
+                return Err(RecvTimeoutError::Timeout);
+            }
+            if self.heard.elapsed() < LIVELY {
+                park_timeout(left.map_or(NAP, |left| left.min(NAP)));
+                continue;
+            }
+            // Said before the last look, as who records looks at it after the record is in the queue: one of the two sees the other.
+            self.load.asleep.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            if self.receiver.is_empty() {
+                match left {
+                    Some(left) => park_timeout(left),
+                    None => park(),
+                }
+            }
+            self.load.asleep.store(false, Ordering::Relaxed);
         }
     }
 
@@ -256,11 +297,17 @@ impl Work<'_> {
 
     /// Writes the first `n` pending records in one transaction. Returns the sentences of those refused.
     fn commit(&mut self, n: usize) -> rusqlite::Result<Vec<String>> {
+        self.fault("begin")?;
         self.statements.execute("BEGIN IMMEDIATE", [])?;
         let written = self.apply_all(n).and_then(|refusals| {
+            self.fault("commit")?;
             self.statements.execute("COMMIT", [])?;
             Ok(refusals)
         });
+        if written.is_ok() {
+            // What is on the disk cannot fail any more; only the process can be gone.
+            let _ = faults::check("after commit", self.path);
+        }
         // A full disk may have ended the transaction already.
         if written.is_err() && !self.statements.db().is_autocommit() {
             self.statements.execute("ROLLBACK", [])?;
@@ -268,11 +315,17 @@ impl Work<'_> {
         written
     }
 
+    /// Where tests make the database fail.
+    fn fault(&self, operation: &'static str) -> rusqlite::Result<()> {
+        faults::check(operation, self.path).map_err(said_by_the_disk)
+    }
+
     fn apply_all(&mut self, n: usize) -> rusqlite::Result<Vec<String>> {
         let db = &self.statements;
         let mut refusals = Vec::new();
         let mut tallies: HashMap<i64, Tally> = HashMap::new();
         for (record, _) in &self.pending[..n] {
+            faults::check("row", self.path).map_err(said_by_the_disk)?;
             db.execute("SAVEPOINT one", [])?;
             let refusal = match apply(db, &mut self.known, &mut tallies, record, self.session) {
                 Ok(refusal) => refusal,
@@ -304,12 +357,13 @@ impl Work<'_> {
         let insert = "INSERT INTO documents (kind, id, value, updated_at_ms) VALUES (?1, ?2, ?3, ?4)
              ON CONFLICT (kind, id) DO UPDATE SET value=excluded.value, updated_at_ms=excluded.updated_at_ms";
         let delete = "DELETE FROM documents WHERE kind=?1 AND id=?2";
-        let done = match value {
+        let done = self.fault("put").and_then(|()| match value {
             Some(value) => self
                 .statements
                 .execute(insert, params![table.name(), id, value, now_ms() as i64]),
             None => self.statements.execute(delete, params![table.name(), id]),
-        };
+        });
+        let _ = faults::check("after put", self.path);
         let done = done.map(|_| ()).map_err(|error| explain(self.path, error));
         match &done {
             Ok(()) => self.unchecked = true,
@@ -324,10 +378,12 @@ impl Work<'_> {
     /// Moves the write-ahead log into the database while nobody waits. A reader may hold it up; the next idle time tries again.
     fn checkpoint(&mut self) {
         self.unchecked = false;
-        if let Err(error) = self
-            .statements
-            .first("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))
-        {
+        let moved = self.fault("checkpoint").and_then(|()| {
+            self.statements
+                .first("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))
+        });
+        let _ = faults::check("after checkpoint", self.path);
+        if let Err(error) = moved {
             tracing::debug!(%error, "checkpoint put off");
         }
     }
@@ -344,12 +400,25 @@ impl Work<'_> {
         let why = "the store was closed before the episode ended";
         let settled = db.execute("BEGIN IMMEDIATE", []).and_then(|_| {
             sessions::settle(db, self.session, why, now_ms())?;
+            self.fault("settle own")?;
             db.execute("COMMIT", [])
         });
+        if settled.is_err() && !db.db().is_autocommit() {
+            let _ = db.execute("ROLLBACK", []);
+        }
         settled
             .map(|_| ())
             .map_err(|error| explain(self.path, error))
     }
+}
+
+/// An error of a fault point, as SQLite would have told it.
+pub fn said_by_the_disk(error: std::io::Error) -> rusqlite::Error {
+    let code = match error.raw_os_error() {
+        Some(libc::ENOSPC) => rusqlite::ffi::SQLITE_FULL,
+        _ => rusqlite::ffi::SQLITE_IOERR,
+    };
+    rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), Some(error.to_string()))
 }
 
 /// True for errors that the record itself causes and that would come again on every attempt.

@@ -7,6 +7,7 @@ mod greedy;
 mod learner;
 mod limits;
 mod quality;
+mod record;
 mod serve;
 mod split;
 mod step;
@@ -45,7 +46,7 @@ pub struct Args {
     /// Threads that compute; 0 = as many as there are cores
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Tokens of a prompt, or of an answer; for `quality` the number of recorded steps,
+    /// Tokens of a prompt, or of an answer; for `quality` and `record` the number of recorded steps,
     /// for `greedy` the tokens compared; `split` takes several, separated by commas
     #[arg(long, value_delimiter = ',')]
     tokens: Vec<usize>,
@@ -95,6 +96,8 @@ enum What {
     Step,
     /// Steps while a student is being made in the same process, against steps on an idle machine
     ServeWhileTraining,
+    /// What recording costs the host, and what reaches the disk, beside fdatasync and plain SQLite on the same disk
+    Record,
     /// What each kind of weights changes in the answers to recorded steps
     Quality,
     /// Whether the tokens that fast kernels choose are those of the plain forward pass on the same weights
@@ -138,6 +141,7 @@ pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
         Some(What::Step) => step::run(&args, place, out),
         Some(What::ServeWhileTraining) => serve::run(&args, place, out),
         Some(What::Answer) => answer::run(&args, place, out),
+        Some(What::Record) => record::run(&args, place, out),
         Some(What::Quality) => quality::run(&args, place, out),
         Some(What::Greedy) => greedy::run(&args, place, out),
         Some(What::Ttt) => ttt::run(&args, place, out),

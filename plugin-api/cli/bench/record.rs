@@ -1,0 +1,399 @@
+//! `locum bench record`: what recording costs the host, what reaches the disk, and what the disk and plain SQLite do beside it.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use locum_core::episode::{
+    Actor, Content, Episode, EpisodeId, Outcome, Source, Status, Step, Task,
+};
+use locum_core::locum::{EpisodeHandle, EpisodeStart, Error, Locum, Options, StepMeta};
+use locum_core::report::machine;
+use locum_core::store::{Record, Store, StoreError, StoreOptions};
+use rusqlite::Connection;
+use serde_json::{json, Value};
+
+use crate::fail::Fail;
+use crate::out::{Out, Table};
+use crate::{load_policy, Place};
+
+/// Bytes of a step's text.
+const STEP_BYTES: usize = 2048;
+/// Pace at which the host's call is timed.
+const STEPS_A_SECOND: u64 = 5_000;
+/// Steps timed at that pace where `--tokens` does not say; as many go before them.
+const STEPS: usize = 20_000;
+/// Steps written as fast as the disk takes them.
+const SUSTAINED: usize = 60_000;
+/// Steps of one episode.
+const EPISODE: u32 = 50;
+/// Steps waited for, and syncs of a file beside them, in turn.
+const DURABLE: usize = 300;
+const DURABLE_PAUSE: Duration = Duration::from_millis(10);
+/// How long a host records faster than any disk.
+const FLOOD: Duration = Duration::from_millis(500);
+/// Inserts of plain SQLite, one a transaction and in groups.
+const SINGLE: usize = 2_000;
+const GROUPED: usize = 60_000;
+const GROUP: usize = 256;
+const PLAIN: &str = "plain.db";
+const SOON: Duration = Duration::from_secs(60);
+
+/// A folder on the disk that is measured, removed afterwards.
+struct Bench(PathBuf);
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
+    let steps = args.tokens().unwrap_or(STEPS).max(100);
+    // Beside the store, because what a sync costs is the disk's own.
+    let parent = match (place.dir.is_dir(), place.dir.parent()) {
+        (true, Some(parent)) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        (true, _) => ".".into(),
+        (false, _) => std::env::temp_dir(),
+    };
+    let dir = parent.join(format!("locum-bench-{}", std::process::id()));
+    let failed = |source| Fail::Write {
+        path: dir.clone(),
+        source,
+    };
+    std::fs::create_dir_all(&dir).map_err(failed)?;
+    let bench = Bench(dir.clone());
+    let text = text();
+
+    let (record, paced) = at_the_store(&bench.0.join("paced"), &text, steps)?;
+    let (message, busy_at_pace) = at_the_door(&bench.0.join("door"), &text, steps)?;
+    let sustained = sustained(
+        &bench.0.join("sustained"),
+        &text,
+        steps.min(SUSTAINED / 3) * 3,
+    )?;
+    let (durable, sync) = durable(&bench.0, &text).map_err(|error| match error {
+        Ok(fail) => fail,
+        Err(source) => failed(source),
+    })?;
+    let flood = flood(&bench.0.join("flood"), &text)?;
+    let (single, grouped) = plain(&bench.0, &text).map_err(|source| StoreError::Sqlite {
+        path: bench.0.join(PLAIN),
+        source,
+    })?;
+
+    let mut table = Table::new(&["", ">p50", ">p99", ">highest"]);
+    let mut row = |name: &str, us: &[f64]| {
+        let cell = |share| format!("{:.1} us", at(us, share));
+        table.row([name.into(), cell(0.5), cell(0.99), cell(1.0)]);
+    };
+    row("record, on the host's thread", &record);
+    row("the same with the policy's redact hook", &message);
+    row("until a step is durable", &durable);
+    row("fdatasync of a file beside it", &sync);
+    out.table(&table);
+    let times = at(&durable, 0.99) / at(&sync, 0.99);
+    out.line(&format!(
+        "{STEPS_A_SECOND} steps/s of {STEP_BYTES} bytes: {paced} refused by the store, {busy_at_pace} by the door. A durable step's p99 is {times:.2} fdatasyncs."
+    ));
+    out.line(&format!(
+        "To disk: {sustained:.0} steps/s; plain SQLite {single:.0} rows/s one a transaction, {grouped:.0} rows/s {GROUP} a transaction."
+    ));
+    out.line(&format!(
+        "A host that records faster: {} taken and {} answered BUSY in {:.1} s, the longest call {:.0} us.",
+        flood.taken, flood.busy, FLOOD.as_secs_f64(), flood.longest_us
+    ));
+    let three = |us: &[f64]| json!({ "p50_us": at(us, 0.5), "p99_us": at(us, 0.99), "highest_us": at(us, 1.0) });
+    out.result(&json!({
+        "steps": steps, "step_bytes": STEP_BYTES, "steps_a_second": STEPS_A_SECOND,
+        "record": three(&record), "message": three(&message), "refused_at_pace": paced + busy_at_pace,
+        "durable": three(&durable), "fdatasync": three(&sync), "durable_p99_in_fdatasyncs": times,
+        "sustained_steps_s": sustained, "sqlite_single_rows_s": single, "sqlite_grouped_rows_s": grouped, "group": GROUP,
+        "flood": { "taken": flood.taken, "busy": flood.busy, "stats_busy": flood.counted, "longest_us": flood.longest_us },
+        "machine": machine(),
+    }));
+    Ok(())
+}
+
+/// Letters that no compressor would be fond of, the same every time.
+fn text() -> String {
+    let mut x = 1u64;
+    let mut letter = || {
+        x = x
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (b'a' + ((x >> 33) % 26) as u8) as char
+    };
+    let words = std::iter::repeat_with(|| {
+        let mut word: String = (0..7).map(|_| letter()).collect();
+        word.push(' ');
+        word
+    });
+    let mut text: String = words.take(STEP_BYTES / 8).collect();
+    text.truncate(STEP_BYTES);
+    text
+}
+
+fn begin(n: u64) -> Record {
+    Record::Begin(Box::new(Episode {
+        episode_id: EpisodeId::new(n, n.into()),
+        task: Task {
+            id: format!("bench-{n}"),
+            ..Task::default()
+        },
+        ..Episode::default()
+    }))
+}
+
+fn step(n: u64, index: u32, text: &str) -> Record {
+    Record::Step {
+        episode: EpisodeId::new(n, n.into()),
+        step: Box::new(Step {
+            index,
+            source: Source::Agent,
+            actor: Actor::Teacher,
+            message: Some(Content::Text(text.into())),
+            ..Step::default()
+        }),
+    }
+}
+
+fn close(n: u64) -> Record {
+    let outcome = Outcome {
+        status: Status::Success,
+        ..Outcome::default()
+    };
+    Record::Outcome {
+        episode: EpisodeId::new(n, n.into()),
+        outcome: Box::new(outcome),
+        close: true,
+    }
+}
+
+/// Calls `act` at the pace, without a system call of its own in between, and gives the microseconds that each call of the second half took.
+fn pace(
+    steps: usize,
+    mut act: impl FnMut(usize) -> Result<Duration, Fail>,
+) -> Result<Vec<f64>, Fail> {
+    let every = Duration::from_nanos(1_000_000_000 / STEPS_A_SECOND);
+    let mut took = Vec::with_capacity(2 * steps);
+    let mut due = Instant::now();
+    for n in 0..2 * steps {
+        while Instant::now() < due {
+            std::hint::spin_loop();
+        }
+        due += every;
+        took.push(act(n)?.as_secs_f64() * 1e6);
+    }
+    let mut took = took.split_off(steps);
+    took.sort_by(f64::total_cmp);
+    Ok(took)
+}
+
+fn timed<T>(act: impl FnOnce() -> T) -> (T, Duration) {
+    let began = Instant::now();
+    let result = act();
+    (result, began.elapsed())
+}
+
+/// The call of the recorder alone. The step is made before, as a host has it; taking it over is part of the call.
+fn at_the_store(dir: &Path, text: &str, steps: usize) -> Result<(Vec<f64>, u64), Fail> {
+    let store = Store::open(dir, StoreOptions::default())?;
+    let mut refused = 0;
+    let took = pace(steps, |n| {
+        let (episode, index) = (n as u64 / u64::from(EPISODE), n as u32 % EPISODE);
+        if index == 0 {
+            store.record(begin(episode))?;
+        }
+        let record = step(episode, 1 + index, text);
+        let (result, took) = timed(|| store.record(record));
+        match result {
+            Err(StoreError::Busy { .. }) => refused += 1,
+            other => other?,
+        }
+        if index == EPISODE - 1 {
+            store.record(close(episode))?;
+        }
+        Ok(took)
+    })?;
+    store.flush(SOON)?;
+    store.close(SOON)?;
+    Ok((took, refused))
+}
+
+/// The call that a host makes: an OpenAI message, checked, redacted by the shipped policy, copied.
+fn at_the_door(dir: &Path, text: &str, steps: usize) -> Result<(Vec<f64>, u64), Fail> {
+    let locum = door(dir)?;
+    let message = message(text);
+    let mut open: Option<EpisodeHandle> = None;
+    let mut ended = Vec::new();
+    let took = pace(steps, |n| {
+        if n % EPISODE as usize == 0 {
+            ended.extend(open.replace(locum.begin(EpisodeStart::default())?));
+        }
+        let episode = open.expect("begun above");
+        let meta = StepMeta {
+            actor: Actor::Teacher,
+            ..StepMeta::default()
+        };
+        let (result, took) = timed(|| locum.message(&episode, &message, meta));
+        match result {
+            Err(Error::Store(StoreError::Busy { .. })) => {}
+            other => other?,
+        }
+        Ok(took)
+    })?;
+    let busy = locum.stats().busy;
+    locum.close(SOON)?;
+    Ok((took, busy))
+}
+
+fn door(dir: &Path) -> Result<Locum, Fail> {
+    Ok(Locum::open(Options {
+        store_dir: dir.into(),
+        policy: Some(load_policy(None)?),
+        no_model: true,
+        no_learning: true,
+        ..Options::default()
+    })?)
+}
+
+fn message(text: &str) -> Value {
+    json!({ "role": "assistant", "content": text })
+}
+
+/// Steps a second from the first call until all of them are durable; a refusal waits and tries again.
+fn sustained(dir: &Path, text: &str, steps: usize) -> Result<f64, Fail> {
+    let store = Store::open(dir, StoreOptions::default())?;
+    let patiently = |record: Record| loop {
+        match store.record(record.clone()) {
+            Err(StoreError::Busy { .. }) => std::thread::sleep(Duration::from_millis(1)),
+            other => return other,
+        }
+    };
+    let began = Instant::now();
+    for n in 0..steps {
+        let (episode, index) = (n as u64 / u64::from(EPISODE), n as u32 % EPISODE);
+        if index == 0 {
+            patiently(begin(episode))?;
+        }
+        patiently(step(episode, 1 + index, text))?;
+        if index == EPISODE - 1 {
+            patiently(close(episode))?;
+        }
+    }
+    store.flush(SOON)?;
+    let rate = steps as f64 / began.elapsed().as_secs_f64();
+    store.close(SOON)?;
+    Ok(rate)
+}
+
+/// Microseconds until a step is durable at 100 steps/s, and of an append with fdatasync to a file beside the store, in turn.
+fn durable(dir: &Path, text: &str) -> Result<(Vec<f64>, Vec<f64>), Result<Fail, std::io::Error>> {
+    let fail = |error: StoreError| Ok(Fail::from(error));
+    let store = Store::open(&dir.join("durable"), StoreOptions::default()).map_err(fail)?;
+    let mut file = File::create(dir.join("appended")).map_err(Err)?;
+    store.record(begin(1)).map_err(fail)?;
+    let (mut steps, mut syncs) = (Vec::new(), Vec::new());
+    for n in 0..DURABLE {
+        std::thread::sleep(DURABLE_PAUSE / 2);
+        let record = step(1, 1 + n as u32, text);
+        let (result, took) = timed(|| store.record(record).and_then(|()| store.flush(SOON)));
+        result.map_err(fail)?;
+        steps.push(took.as_secs_f64() * 1e6);
+        std::thread::sleep(DURABLE_PAUSE / 2);
+        let append = || {
+            file.write_all(text.as_bytes())
+                .and_then(|()| file.sync_data())
+        };
+        let (result, took) = timed(append);
+        result.map_err(Err)?;
+        syncs.push(took.as_secs_f64() * 1e6);
+    }
+    store.close(SOON).map_err(fail)?;
+    for all in [&mut steps, &mut syncs] {
+        all.sort_by(f64::total_cmp);
+    }
+    Ok((steps, syncs))
+}
+
+struct Flood {
+    taken: u64,
+    busy: u64,
+    /// As `stats` counts them.
+    counted: u64,
+    longest_us: f64,
+}
+
+/// A host that records as fast as it can, and does not wait where it is refused.
+fn flood(dir: &Path, text: &str) -> Result<Flood, Fail> {
+    let locum = door(dir)?;
+    let message = message(text);
+    let mut flood = Flood {
+        taken: 0,
+        busy: 0,
+        counted: 0,
+        longest_us: 0.0,
+    };
+    let began = Instant::now();
+    let mut episode = None;
+    for n in 0u64.. {
+        if began.elapsed() >= FLOOD {
+            break;
+        }
+        let handle = match episode {
+            Some(handle) if !n.is_multiple_of(1000) => handle,
+            _ => match locum.begin(EpisodeStart::default()) {
+                Ok(handle) => handle,
+                Err(Error::Store(StoreError::Busy { .. })) => {
+                    flood.busy += 1;
+                    episode = None;
+                    continue;
+                }
+                Err(other) => return Err(other.into()),
+            },
+        };
+        episode = Some(handle);
+        let (result, took) = timed(|| locum.message(&handle, &message, StepMeta::default()));
+        flood.longest_us = flood.longest_us.max(took.as_secs_f64() * 1e6);
+        match result {
+            Ok(()) => flood.taken += 1,
+            Err(Error::Store(StoreError::Busy { .. })) => flood.busy += 1,
+            Err(other) => return Err(other.into()),
+        }
+    }
+    flood.counted = locum.stats().busy;
+    locum.close(SOON)?;
+    Ok(flood)
+}
+
+/// Rows a second of plain SQLite with the same promises (write-ahead log, every commit forced to the disk): one insert a transaction,
+/// and many.
+fn plain(dir: &Path, text: &str) -> rusqlite::Result<(f64, f64)> {
+    let mut db = Connection::open(dir.join(PLAIN))?;
+    db.execute_batch(
+        "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=8192;
+         CREATE TABLE steps (episode INTEGER, step INTEGER, message TEXT, UNIQUE (episode, step));",
+    )?;
+    let insert = "INSERT INTO steps VALUES (?1, ?2, ?3)";
+    let mut rate = |rows: usize, group: usize, episode: i64| -> rusqlite::Result<f64> {
+        let began = Instant::now();
+        for first in (0..rows).step_by(group) {
+            let tx = db.transaction()?;
+            {
+                let mut insert = tx.prepare(insert)?;
+                for n in first..(first + group).min(rows) {
+                    insert.execute((episode, n as i64, text))?;
+                }
+            }
+            tx.commit()?;
+        }
+        Ok(rows as f64 / began.elapsed().as_secs_f64())
+    };
+    Ok((rate(SINGLE, 1, 1)?, rate(GROUPED, GROUP, 2)?))
+}
+
+fn at(sorted: &[f64], share: f64) -> f64 {
+    sorted[((sorted.len() - 1) as f64 * share).round() as usize]
+}
