@@ -10,6 +10,7 @@ mod doctor;
 mod episodes;
 mod eval;
 mod fail;
+mod forget;
 mod model;
 mod out;
 mod policy;
@@ -77,6 +78,10 @@ enum Command {
     Promote(students::Promote),
     /// Take the promoted student back
     Rollback,
+    /// Erase an episode, or everything of a scope, from the store's files
+    Forget(forget::Forget),
+    /// Say which episodes made a student, or which students learned from an episode
+    Lineage(forget::Lineage),
     /// Policies written in Lua
     #[command(subcommand)]
     Policy(policy::Command),
@@ -114,6 +119,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Students => students::list(&place, &out),
         Command::Promote(promote) => students::promote(promote, &place, &out),
         Command::Rollback => students::rollback(&place, &out),
+        Command::Forget(args) => forget::forget(args, &place, &out),
+        Command::Lineage(args) => forget::lineage(args, &place, &out),
         Command::Policy(command) => policy::run(command, &out),
         Command::Bench(args) => bench::run(args, &place, &out),
         Command::Report(report) => report::run(report, &place, &out),

@@ -21,6 +21,7 @@ pub struct Options {
     pub max_cache_bytes: u64,
     pub weights: i32,
     pub reserved: u32,
+    pub detectors: LocumStr,
 }
 
 pub const STEP_IS_ERROR: u32 = 1;

@@ -1,5 +1,7 @@
 //! What of the facade needs no agent: the order in which a canary counts, a rollback, and a pin made by another process.
 
+mod trust;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -83,6 +85,7 @@ fn canary() -> Trial {
         chat: Arc::new(chat),
         view: View::default(),
         tool_names: Default::default(),
+        scope: String::new(),
         held_out_exact: None,
         learns: false,
     };

@@ -50,6 +50,8 @@ EVENTS = {
     7: "policy_loaded",
     8: "fault",
     9: "fast_weights",
+    10: "forgotten",
+    11: "hook_off",
 }
 PINS = {"automatic": 0, "teacher": 2**64 - 1, "base": 2**64 - 2}
 
@@ -94,7 +96,7 @@ class Options(_Sized):
         ("store_dir", Str), ("policy_path", Str), ("base_model_dir", Str),
         ("worker_threads", c_uint32), ("train_threads", c_uint32),
         ("max_disk_bytes", c_uint64), ("max_cache_bytes", c_uint64),
-        ("weights", c_int32), ("reserved", c_uint32),
+        ("weights", c_int32), ("reserved", c_uint32), ("detectors", Str),
     ]  # fmt: skip
 
 
