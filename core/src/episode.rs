@@ -99,6 +99,9 @@ pub struct Episode {
     pub provenance: Provenance,
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub extra: Map<String, Value>,
+    /// Whom it belongs to (a tenant, a project); empty where the host keeps nobody apart. Datasets and students never leave a scope.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub scope: String,
 }
 
 /// What was to be done. `group_key` is what the held-out split is made by: episodes of one group never stand on both sides.

@@ -14,6 +14,7 @@ pub mod episode;
 pub mod calls;
 pub mod view;
 pub mod policy;
+pub mod secrets;
 pub mod store;
 pub mod formats;
 pub mod chat;

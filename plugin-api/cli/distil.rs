@@ -69,6 +69,9 @@ pub struct Run {
     /// Go on from the promoted student instead of the base
     #[arg(long)]
     continue_student: bool,
+    /// Learn from the episodes of this scope; without it, from those that have none
+    #[arg(long, default_value = "")]
+    scope: String,
     /// Only store the student: no shadow, no canary
     #[arg(long)]
     no_trial: bool,
@@ -103,6 +106,7 @@ impl Run {
             unfiltered: self.unfiltered,
             continue_student: self.continue_student,
             trial: self.no_trial.then_some(false),
+            scope: self.scope.clone(),
         }
     }
 }
@@ -144,7 +148,7 @@ fn start(run: &Run, place: &Place, out: &Out) -> Result<(), Fail> {
     }
 }
 
-fn follow(locum: &Locum, job: u64, shown: bool, out: &Out) -> Result<JobStatus, Fail> {
+pub(crate) fn follow(locum: &Locum, job: u64, shown: bool, out: &Out) -> Result<JobStatus, Fail> {
     let progress = shown.then(|| out.progress());
     let last = loop {
         let status = locum.distil_status(job)?;
@@ -189,7 +193,7 @@ fn detail(status: &JobStatus) -> String {
     parts.join(", ")
 }
 
-fn show(status: &JobStatus, out: &Out) {
+pub(crate) fn show(status: &JobStatus, out: &Out) {
     out.line(&format!("job {}: {}", status.job, word(status.state)));
     let line = |name: &str, value: String| {
         if !value.is_empty() {

@@ -10,6 +10,7 @@ mod doctor;
 mod episodes;
 mod eval;
 mod fail;
+mod forget;
 mod model;
 mod out;
 mod policy;
@@ -86,6 +87,10 @@ enum Command {
     /// Whether the store is sound
     #[command(subcommand)]
     Store(store::Command),
+    /// Erase an episode, or everything of a scope, from the store's files
+    Forget(forget::Forget),
+    /// Say which episodes made a student, or which students learned from an episode
+    Lineage(forget::Lineage),
     /// Policies written in Lua
     #[command(subcommand)]
     Policy(policy::Command),
@@ -128,6 +133,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Promote(promote) => students::promote(promote, &place, &out),
         Command::Rollback => students::rollback(&place, &out),
         Command::Store(command) => store::run(command, &place, &out),
+        Command::Forget(args) => forget::forget(args, &place, &out),
+        Command::Lineage(args) => forget::lineage(args, &place, &out),
         Command::Policy(command) => policy::run(command, &out),
         Command::Bench(args) => bench::run(args, &place, &out),
         Command::Report(report) => report::run(report, &place, &out),

@@ -38,6 +38,7 @@ fn table(students: &[StudentSummary]) -> Table {
         ">tokens",
         ">exact",
         ">loss",
+        ">erased",
         "fast weights",
         "made (UTC)",
         "the gate said",
@@ -57,6 +58,10 @@ fn table(students: &[StudentSummary]) -> Table {
             s.held_out_exact
                 .map_or("–".into(), |x| format!("{:.0} %", x * 100.0)),
             s.held_out_loss.map_or("–".into(), |x| format!("{x:.3}")),
+            match s.erased {
+                0 => "–".into(),
+                n => n.to_string(),
+            },
             match s.fast_weights.as_str() {
                 "" => "–".into(),
                 why if why.starts_with("fast weights on") => "on".into(),
@@ -126,7 +131,7 @@ fn current(students: &[StudentSummary]) -> Option<u64> {
         .map(|s| s.version)
 }
 
-fn find(students: Vec<StudentSummary>, wanted: &str) -> Result<StudentSummary, Fail> {
+pub(crate) fn find(students: Vec<StudentSummary>, wanted: &str) -> Result<StudentSummary, Fail> {
     let version: Option<u64> = wanted.parse().ok();
     let by_version = students.iter().find(|s| Some(s.version) == version);
     let mut by_id = students
@@ -141,6 +146,6 @@ fn find(students: Vec<StudentSummary>, wanted: &str) -> Result<StudentSummary, F
     }
 }
 
-fn short(id: &str) -> String {
+pub(crate) fn short(id: &str) -> String {
     id.chars().take(12).collect()
 }

@@ -145,6 +145,9 @@ typedef struct {
                                   Loaded at the first use and not unloaded. If it, its driver or its card cannot be used, the
                                   processor computes, and `engine.device` in the stats says why                  */
   uint64_t max_device_bytes;   /* of the card's memory; 0 = three quarters of what is free at the first use      */
+  locum_str detectors;         /* secrets that are replaced by a mark before anything recorded is written: empty or
+                                  "all"; "none"; or kinds to leave out, "-email,-entropy" (key, private_key, jwt,
+                                  bearer, password, card, email, entropy)                                   */
 } locum_options;
 
 /* locum_step.flags */
@@ -273,8 +276,10 @@ enum {
   LOCUM_EVENT_STORE_TROUBLE = 6,    /* the disk refuses; episodes are marked incomplete                           */
   LOCUM_EVENT_POLICY_LOADED = 7,
   LOCUM_EVENT_FAULT = 8,            /* something in here failed; the teacher plays from now on                    */
-  LOCUM_EVENT_FAST_WEIGHTS = 9      /* the version of a student whose learning in an episode was undone; detail:
+  LOCUM_EVENT_FAST_WEIGHTS = 9,     /* the version of a student whose learning in an episode was undone; detail:
                                      * {"episode","layer","drift"} (drift null: no number)                        */
+  LOCUM_EVENT_FORGOTTEN = 10,       /* 0; number: episodes erased; detail: {"students"} that had learned from them  */
+  LOCUM_EVENT_HOOK_OFF = 11         /* 0; detail: {"hook","policy"}: it failed too often and is off till a reload  */
 };
 
 typedef struct {
@@ -362,6 +367,7 @@ LOCUM_API int32_t locum_close(locum handle, uint32_t drain_ms, locum_error **err
  *      "group_key":"...",               episodes of one group are never split between training and test
  *      "instruction":"...",             the goal, where the first user message is not it
  *      "session_id":"...", "agent":{"name","version"},
+ *      "scope":"...",                   whom it belongs to: students learn from one scope and answer in it only
  *      "tools":[OpenAI tools],          what the agent may call; used by later requests that name none
  *      "extra":{...}}                   kept as it is
  * LOCUM_OK: `*out` lives until locum_episode_end, locum_episode_drop or locum_close succeed.

@@ -33,6 +33,7 @@ struct Meta {
     session_id: Option<String>,
     agent: Agent,
     tools: Value,
+    scope: String,
     extra: Map<String, Value>,
 }
 
@@ -92,6 +93,7 @@ pub unsafe extern "C" fn locum_episode_begin(
                 tools: tools.clone(),
                 session_id: meta.session_id,
                 extra: meta.extra,
+                scope: meta.scope,
             };
             let core = instance.locum.begin(start)?;
             let episode = Arc::new(Episode::new(instance, core, tools));

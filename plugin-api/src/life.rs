@@ -9,11 +9,12 @@ use locum_core::limits::MAX_POLICY_BYTES;
 use locum_core::locum::{Locum, Options as CoreOptions};
 use locum_core::model::WeightFormat;
 use locum_core::policy::Policy;
+use locum_core::secrets::BadDetect;
 use locum_lua::{LuaPolicy, PolicyOptions};
 
 use crate::fork;
 use crate::guard::{guard, quiet_panics, Breaker};
-use crate::input::{borrow_bytes, read_struct, LocumStr};
+use crate::input::{borrow_bytes, read_struct, text, LocumStr};
 use crate::instances::{objects, too_many, Instance};
 use crate::output::{put, LocumError};
 use crate::status::{Failure, E_LIMIT, E_NOT_FOUND, OK};
@@ -135,8 +136,14 @@ unsafe fn core_options(options: &Options) -> Result<CoreOptions, Failure> {
         Some(path) => read_policy(&path)?,
         None => Arc::new(LuaPolicy::default_policy()?),
     };
+    // SAFETY: passed on from the caller.
+    let detectors = unsafe { text("locum_options.detectors", options.detectors, MAX_PATH_BYTES) }?;
+    let detect = detectors
+        .parse()
+        .map_err(|e: BadDetect| Failure::argument(format!("locum_options.detectors: {e}")))?;
     Ok(CoreOptions {
         store_dir,
+        detect,
         base,
         threads: options.worker_threads as usize,
         train_threads: options.train_threads as usize,

@@ -24,6 +24,7 @@ pub struct Options {
     pub reserved: u32,
     pub device_library: LocumStr,
     pub max_device_bytes: u64,
+    pub detectors: LocumStr,
 }
 
 pub const STEP_IS_ERROR: u32 = 1;

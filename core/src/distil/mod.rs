@@ -66,6 +66,8 @@ pub struct Order {
     pub knobs: RecipeKnobs,
     pub unfiltered: bool,
     pub continue_student: bool,
+    /// Only episodes of this scope are learned from; empty means those without one.
+    pub scope: String,
 }
 
 /// Where a job stands, told after every step.
@@ -121,7 +123,7 @@ pub fn run(
         Flow::Stop => Err(Error::Cancelled),
     };
     stop(&Stage::Curating, tell)?;
-    let episodes = frozen_episodes(context.store, &dir)?;
+    let episodes = frozen_episodes(context.store, &dir, &order.scope)?;
     let frozen = read_json::<SplitDocument>(&split_path(context.store.dir()));
     let seen = episodes.len() as u64;
     let extras = Extras {
@@ -159,7 +161,8 @@ pub fn run(
     }
 
     let start = match (order.continue_student, context.incumbent) {
-        (true, Some(student)) => student,
+        // A student of another scope would carry that scope's episodes over.
+        (true, Some(student)) if student.scope == order.scope => student,
         _ => context.base,
     };
     let start_model = match start.version {
@@ -246,6 +249,7 @@ pub fn run(
         chat: context.base.chat.clone(),
         view: context.view.clone(),
         tool_names: tool_names.clone(),
+        scope: order.scope.clone(),
         held_out_exact: None,
         learns,
     };
@@ -315,6 +319,7 @@ pub fn run(
         view: context.view.clone(),
         view_digest: context.view.digest(),
         dataset_hash: data.hash.clone(),
+        scope: order.scope.clone(),
         split_hash: curated.split.hash.clone(),
         episodes,
         tool_names,
@@ -342,6 +347,7 @@ pub fn run(
         chat: shared.chat.clone(),
         view: shared.view.clone(),
         tool_names: shared.tool_names.clone(),
+        scope: shared.scope.clone(),
         held_out_exact: Some(report.exact_share()),
         learns,
     };
@@ -451,12 +457,13 @@ fn formats_of(episodes: &[&Episode]) -> BTreeMap<EpisodeId, Arc<CallFormat>> {
 }
 
 /// The closed episodes, as listed when the job first ran: a resumed job sees no others, so its dataset is the same.
-fn frozen_episodes(store: &Store, dir: &Path) -> Result<Vec<Episode>, Error> {
+fn frozen_episodes(store: &Store, dir: &Path, scope: &str) -> Result<Vec<Episode>, Error> {
     let path = dir.join("episodes.json");
     let ids: Vec<EpisodeId> = match read_json(&path) {
         Some(ids) => ids,
         None => {
             let query = Query {
+                scope: Some(scope.into()),
                 closed_only: true,
                 newest_first: true,
                 limit: Some(MAX_EPISODES),
@@ -477,7 +484,8 @@ fn frozen_episodes(store: &Store, dir: &Path) -> Result<Vec<Episode>, Error> {
     Ok(episodes)
 }
 
-fn split_path(store_dir: &Path) -> PathBuf {
+/// Which task groups are held out, kept from job to job.
+pub fn split_path(store_dir: &Path) -> PathBuf {
     store_dir.join("split.json")
 }
 
@@ -496,7 +504,8 @@ pub fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+/// Writes a file of a job, whole or not at all.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
     let text = serde_json::to_vec_pretty(value).expect("plain values print");
     Ok(write_atomically(path, &text)?)
 }

@@ -13,6 +13,7 @@ use super::{intercode, openai, redact_episode, tau_bench, FormatError};
 use crate::episode::{Episode, EpisodeId, Status};
 use crate::limits::{MAX_IMPORT_BYTES, MAX_JSON_DEPTH};
 use crate::policy::Policy;
+use crate::secrets::{clean_episode, Cleaner};
 use crate::store::{json, Record, Store, StoreError};
 
 /// The formats that [`import`] knows by name.
@@ -169,8 +170,8 @@ pub fn import(
     Ok(counts)
 }
 
-/// Imports a file into a store; everything counted as stored is durable on return. Each episode goes through the policy's
-/// `redact` first, and is left out where that fails.
+/// Imports a file into a store; everything counted as stored is durable on return. Each episode goes through the
+/// store's detectors and the policy's `redact` first, and is left out where that fails.
 ///
 /// # Errors
 /// As [`import`]; [`FormatError::Sink`] if the store cannot write.
@@ -190,6 +191,8 @@ pub fn import_into(
         {
             return Ok(Taken::AlreadyThere);
         }
+        // The writer would find the same, but the hook is asked about what is left.
+        clean_episode(&mut episode, &mut Cleaner::new(store.detect()));
         if let Err(why) = redact_episode(&mut episode, &mut |info| policy.redact(&info)) {
             return Ok(Taken::Refused(why.to_string()));
         }

@@ -19,7 +19,7 @@ pub use messages::{
     tools_to_json, Piece, RESERVED,
 };
 pub use openai::{export_openai, Exported, Loss, LossReport};
-pub use redact::{redact_episode, redact_piece, redact_text, RedactHook};
+pub use redact::{redact_episode, redact_record, RedactHook};
 
 use std::path::PathBuf;
 

@@ -2,22 +2,53 @@
 
 use serde_json::Value;
 
-use super::Piece;
-use crate::episode::{Content, Episode, Observation, Source, Step};
+use crate::episode::{Content, Episode, Observation, Source, Step, ToolCall};
 use crate::policy::{HookFailed, RedactInfo};
+use crate::store::Record;
 
 /// The policy's hook: `Ok(None)` drops the text.
 pub type RedactHook<'a> = dyn FnMut(RedactInfo) -> Result<Option<String>, HookFailed> + 'a;
 
-/// Sends every text of a piece through the hook. Text that the hook drops becomes empty.
+/// Sends the texts of a record through the hook, and names the roles in which something changed. Text that the hook drops becomes
+/// empty. Outcomes are the host's own words and are not asked about.
 ///
 /// # Errors
-/// The hook failed; the piece is then half done and must not be written.
-pub fn redact_piece(piece: &mut Piece, hook: &mut RedactHook) -> Result<(), HookFailed> {
-    match piece {
-        Piece::Step(step) => redact_step(step, hook),
-        Piece::Observation(observation) => redact_observation(observation, hook),
+/// The hook failed; the record is then half done and must not be written.
+pub fn redact_record(
+    record: &mut Record,
+    hook: &mut RedactHook,
+) -> Result<Vec<String>, HookFailed> {
+    let mut changed: Vec<String> = Vec::new();
+    let mut noted = |info: RedactInfo| {
+        let (role, before) = (info.role.clone(), info.content.clone());
+        let after = hook(info)?;
+        if after.as_ref() != Some(&before) && !changed.contains(&role) {
+            changed.push(role);
+        }
+        Ok(after)
+    };
+    match record {
+        Record::Begin(episode) => {
+            redact_text(&mut episode.task.instruction, "user", &mut noted)?;
+            for step in &mut episode.steps {
+                redact_step(step, &mut noted)?;
+            }
+        }
+        Record::Step { step, .. } => redact_step(step, &mut noted)?,
+        Record::Observation { observation, .. } => redact_observation(observation, &mut noted)?,
+        Record::Counterfactual { value, .. } => {
+            if let Some(message) = value.message.as_mut() {
+                redact_text(message, "assistant", &mut noted)?;
+            }
+            redact_calls(&mut value.tool_calls, &mut noted)?;
+        }
+        Record::Outcome { .. } | Record::Incomplete { .. } | Record::Drop { .. } => {}
     }
+    if let (Record::Step { step, .. }, false) = (record, changed.is_empty()) {
+        // They spell out what was taken away.
+        step.token_ids = None;
+    }
+    Ok(changed)
 }
 
 /// Sends the task's instruction and every text of the steps through the hook, as a recording does one by one, and notes in the
@@ -38,9 +69,6 @@ pub fn redact_episode(episode: &mut Episode, hook: &mut RedactHook) -> Result<()
     redact_text(&mut episode.task.instruction, "user", &mut noted)?;
     for step in &mut episode.steps {
         redact_step(step, &mut noted)?;
-        for observation in &mut step.observations {
-            redact_observation(observation, &mut noted)?;
-        }
     }
     for role in changed {
         if !episode.provenance.redactions.contains(&role) {
@@ -73,7 +101,15 @@ fn redact_step(step: &mut Step, hook: &mut RedactHook) -> Result<(), HookFailed>
     if let Some(reasoning) = step.reasoning.as_mut() {
         redact_text(reasoning, role, hook)?;
     }
-    for call in &mut step.tool_calls {
+    redact_calls(&mut step.tool_calls, hook)?;
+    for observation in &mut step.observations {
+        redact_observation(observation, hook)?;
+    }
+    Ok(())
+}
+
+fn redact_calls(calls: &mut [ToolCall], hook: &mut RedactHook) -> Result<(), HookFailed> {
+    for call in calls {
         let before = call
             .arguments_raw
             .clone()

@@ -28,6 +28,7 @@ fn learner(lr: f32, max_drift: Option<f32>) -> Arc<Student> {
         chat: Arc::new(Chat::load(dir.path()).unwrap()),
         view: View::default(),
         tool_names: BTreeSet::new(),
+        scope: String::new(),
         held_out_exact: None,
         learns: true,
     })

@@ -37,6 +37,8 @@ pub struct Student {
     pub view: View,
     /// Tools that it has seen in training.
     pub tool_names: BTreeSet<String>,
+    /// The scope whose episodes it learned from and may answer in; empty for those without one.
+    pub scope: String,
     /// Share of held-out steps that it got exactly right.
     pub held_out_exact: Option<f64>,
     /// Whether its TTT layers learn while it serves: they were seen to help on held-out episodes.
@@ -210,6 +212,7 @@ struct Inbox {
     jobs: Vec<(Job, Ticket, Option<Hold>)>,
     fast: Vec<fast::Request>,
     keep_only: Option<Vec<u64>>,
+    forget: Vec<u128>,
     stop: bool,
 }
 
@@ -274,6 +277,13 @@ impl Engine {
     /// What computes beside the processor, for trainings too.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
+    }
+
+    /// Forgets what is kept of these episodes: sequences with their keys and values, and snapshots. One that is being answered is not
+    /// kept afterwards. Done by the engine's thread, between two steps; the counters tell when.
+    pub fn forget(&self, keys: &[u128]) {
+        locked(&self.shared.inbox).forget.extend_from_slice(keys);
+        self.shared.wake.notify_one();
     }
 
     /// The counters as of the last step.

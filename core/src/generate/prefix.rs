@@ -140,6 +140,12 @@ impl Prefixes {
         self.bytes = self.kept.iter().map(|kept| kept.sequence.bytes()).sum();
     }
 
+    /// Forgets the sequences of these episodes.
+    pub fn forget(&mut self, keys: &[u128]) {
+        self.kept.retain(|kept| !keys.contains(&kept.key));
+        self.bytes = self.kept.iter().map(|kept| kept.sequence.bytes()).sum();
+    }
+
     fn remove(&mut self, at: usize) -> Kept {
         let kept = self.kept.remove(at);
         self.bytes -= kept.sequence.bytes();

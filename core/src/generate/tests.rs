@@ -21,6 +21,7 @@ fn student(version: u64) -> Arc<Student> {
         chat: Arc::new(Chat::load(dir.path()).unwrap()),
         view: View::default(),
         tool_names: BTreeSet::new(),
+        scope: String::new(),
         held_out_exact: None,
         learns: true,
     })
@@ -444,6 +445,7 @@ fn every_job_but_those_in_the_background_is_reported_and_a_panic_costs_all_answe
         chat,
         view: View::default(),
         tool_names: BTreeSet::new(),
+        scope: String::new(),
         held_out_exact: None,
         learns: true,
     };

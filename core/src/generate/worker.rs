@@ -47,11 +47,12 @@ pub(super) fn run(
         fault: None,
     };
     loop {
-        let (jobs, fast, keep_only, stop) = {
+        let (jobs, fast, keep_only, forget, stop) = {
             let mut inbox = locked(&shared.inbox);
             while inbox.jobs.is_empty()
                 && inbox.fast.is_empty()
                 && inbox.keep_only.is_none()
+                && inbox.forget.is_empty()
                 && !inbox.stop
                 && worker.active.is_empty()
             {
@@ -64,6 +65,7 @@ pub(super) fn run(
                 std::mem::take(&mut inbox.jobs),
                 std::mem::take(&mut inbox.fast),
                 inbox.keep_only.take(),
+                std::mem::take(&mut inbox.forget),
                 inbox.stop,
             )
         };
@@ -79,6 +81,12 @@ pub(super) fn run(
             let done = worker.fast(request.key, request.op);
             // Whoever asked may have stopped waiting.
             request.answer.map(|answer| answer.send(done));
+        }
+        if !forget.is_empty() {
+            worker.prefixes.forget(&forget);
+            for active in &mut worker.active {
+                active.keep &= !forget.contains(&active.job.key);
+            }
         }
         if worker.fault.is_none() {
             let turn = catch_unwind(AssertUnwindSafe(|| worker.turn(keep_only)));

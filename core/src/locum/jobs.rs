@@ -191,7 +191,7 @@ impl Inner {
         Ok(records)
     }
 
-    fn job_record(&self, job: u64) -> Result<JobRecord, Error> {
+    pub(super) fn job_record(&self, job: u64) -> Result<JobRecord, Error> {
         let mut records = self.job_records()?;
         let at = if job == 0 {
             records.len().checked_sub(1)
@@ -326,9 +326,15 @@ impl Inner {
             (serving.trial.is_some(), serving.current.is_some())
         };
         let last = records.last();
+        let since = |r: &JobRecord| r.status.created_at_ms;
+        // A job learns from one scope: the one in which most went well since the last job.
+        let busiest = |since| self.store.busiest_scope(since).ok().flatten();
+        let scope = busiest(last.map(since)).or_else(|| busiest(None));
+        let scope = scope.unwrap_or_default();
+        let before = records.iter().rev().find(|r| r.options.scope == scope);
         let (Ok(all), Ok(new)) = (
-            self.store.counts(None),
-            self.store.counts(last.map(|r| r.status.created_at_ms)),
+            self.store.counts_of_scope(&scope, None),
+            self.store.counts_of_scope(&scope, before.map(since)),
         ) else {
             return;
         };
@@ -348,11 +354,14 @@ impl Inner {
             load: load_average(),
         });
         if verdict.now {
-            let _ = self.start_alone(DistilOptions::default());
+            let _ = self.start_alone(DistilOptions {
+                scope,
+                ..DistilOptions::default()
+            });
         }
     }
 
-    fn start_job(self: &Arc<Self>, options: DistilOptions) -> Result<u64, Error> {
+    pub(super) fn start_job(self: &Arc<Self>, options: DistilOptions) -> Result<u64, Error> {
         // Or the keeper would take the job, once its row is written, for one that was left unfinished.
         let _starting = self.starting.lock().unwrap_or_else(|e| e.into_inner());
         self.start_alone(options)
@@ -507,6 +516,7 @@ impl Inner {
             knobs: record.options.knobs.clone(),
             unfiltered: record.options.unfiltered,
             continue_student: record.options.continue_student,
+            scope: record.options.scope.clone(),
         };
         let mut told = Instant::now();
         let mut looked = Instant::now();

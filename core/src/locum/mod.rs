@@ -3,8 +3,10 @@
 mod check;
 mod events;
 mod fast;
+mod forget;
 mod jobs;
 mod judge;
+mod lineage;
 mod record;
 mod serve;
 mod show;
@@ -24,19 +26,22 @@ use serde_json::json;
 
 pub use crate::error::Error;
 pub use check::{check_store, repair_store, StoreCheck};
+pub use forget::{Forget, Forgotten};
 pub use judge::TttOptions;
+pub use lineage::{Ancestor, Learned, Lineage, LineageEpisode};
 pub use serve::Call;
 pub use types::*;
 
 use crate::calls::CallFormat;
 use crate::device::Device;
 use crate::episode::EpisodeId;
+use crate::formats::redact_record;
 use crate::generate::{Engine, EngineOptions, Student};
 use crate::limits;
 use crate::model::WeightFormat;
 use crate::policy::{Policy, PolicyId, Settings, TeacherFirst};
 use crate::registry::Registry;
-use crate::store::{Store, StoreOptions};
+use crate::store::{Record, Redact, Store, StoreOptions};
 use crate::threads::spawn_quiet;
 use crate::view::View;
 
@@ -56,14 +61,21 @@ struct Loaded {
     id: PolicyId,
     view: View,
     settings: Settings,
+    /// The policy's `redact` over a record, for the writer thread. A record keeps the one it was given with, also over a reload.
+    redact: Redact,
 }
 
 impl Loaded {
     fn new(policy: Arc<dyn Policy>) -> Result<Self, Error> {
         let view = policy.view();
         view.check().map_err(|e| Error::Argument(e.to_string()))?;
+        let hook = policy.clone();
+        let redact: Redact = Arc::new(move |record: &mut Record| {
+            redact_record(record, &mut |info| hook.redact(&info)).map_err(|why| why.to_string())
+        });
         Ok(Self {
             id: policy.id(),
+            redact,
             view,
             settings: policy.settings(),
             policy,
@@ -116,6 +128,7 @@ impl Locum {
             &options.store_dir,
             StoreOptions {
                 max_disk_bytes: options.max_disk_bytes,
+                detect: options.detect,
                 ..StoreOptions::default()
             },
         )?;
@@ -147,6 +160,7 @@ impl Locum {
                     chat: Arc::new(chat),
                     view: loaded.view.clone(),
                     tool_names: Default::default(),
+                    scope: String::new(),
                     held_out_exact: None,
                     learns: false,
                 });

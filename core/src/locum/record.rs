@@ -1,5 +1,6 @@
 //! Recording: an episode begins, messages come, it ends. Nothing here waits for the disk but the end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -9,10 +10,11 @@ use crate::episode::{
     Actor, Content, DecisionRecord, Episode, EpisodeId, Outcome, Provenance, Source, Step, Task,
     TokenIds, Usage, SCHEMA,
 };
-use crate::formats::{attach, piece_from_message, redact_piece, redact_text, Piece};
-use crate::generate::Ticket;
+use crate::formats::{attach, piece_from_message, Piece};
+use crate::generate::{Student, Ticket};
 use crate::limits;
-use crate::store::{Record, StoreError};
+use crate::secrets::{find, Cleaner};
+use crate::store::{Record, Redact, StoreError};
 
 /// How long the end of an episode may wait for the disk.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,6 +32,7 @@ pub(super) enum Plays {
 /// What is kept of an episode that has not ended.
 pub(super) struct Open {
     pub task: Task,
+    pub scope: String,
     pub steps: Vec<Step>,
     pub bytes: usize,
     /// Why something of it was lost, as long as that could not be recorded either.
@@ -49,7 +52,7 @@ pub(super) struct Open {
 }
 
 pub(super) struct LastAnswer {
-    pub student: String,
+    pub student: Arc<Student>,
     pub tokens: TokenIds,
     pub digest: String,
 }
@@ -67,7 +70,12 @@ impl Locum {
     /// [`Error::Limit`] for a name that is too long, [`Error::Store`] if the queue is full or the disk refuses.
     pub fn begin(&self, start: EpisodeStart) -> Result<EpisodeHandle, Error> {
         self.inner.check_open()?;
-        for name in [&start.task.id, &start.task.domain, &start.agent.name] {
+        for name in [
+            &start.task.id,
+            &start.task.domain,
+            &start.agent.name,
+            &start.scope,
+        ] {
             if name.len() > limits::MAX_NAME_BYTES {
                 return Err(Error::Limit {
                     what: "bytes of a name",
@@ -78,11 +86,12 @@ impl Locum {
         }
         let now = now_ms();
         let id = EpisodeId::new(now, random_bits());
-        let policy = self.inner.loaded().policy.clone();
         let mut task = start.task;
-        let redacted = redact_text(&mut task.instruction, "user", &mut |info| {
-            policy.redact(&info)
-        });
+        // Names go further than the record (outcomes of a trial, the policy's reasons), so they are cleaned at once.
+        let mut names = Cleaner::new(self.inner.store.detect());
+        names.name(&mut task.id);
+        names.name(&mut task.domain);
+        task.group_key.as_mut().map(|key| names.name(key));
         let episode = Episode {
             schema: SCHEMA.into(),
             episode_id: id,
@@ -96,10 +105,12 @@ impl Locum {
                 ..Provenance::default()
             },
             extra: start.extra,
+            scope: start.scope,
             ..Episode::default()
         };
         let open = Open {
             task: episode.task.clone(),
+            scope: episode.scope.clone(),
             steps: Vec::new(),
             bytes: 0,
             lost: None,
@@ -112,12 +123,6 @@ impl Locum {
             learns: true,
         };
         self.put(Record::Begin(Box::new(episode)))?;
-        if let Err(why) = redacted {
-            self.put(Record::Incomplete {
-                episode: id,
-                reason: format!("the task's instruction was not recorded: {why}"),
-            })?;
-        }
         self.inner
             .episodes
             .lock()
@@ -126,7 +131,8 @@ impl Locum {
         Ok(EpisodeHandle(id))
     }
 
-    /// Records one OpenAI chat message of the episode. Copies; does not wait for the disk.
+    /// Records one OpenAI chat message of the episode. Copies; does not wait for the disk. Detectors and the policy's `redact` run on
+    /// the writer thread, before anything is written.
     ///
     /// # Errors
     /// [`Error::Argument`] for a message that is none, [`Error::Limit`], [`Error::NotFound`] for an episode that has ended, and
@@ -139,12 +145,7 @@ impl Locum {
     ) -> Result<(), Error> {
         self.inner.check_open()?;
         let id = episode.0;
-        let policy = self.inner.loaded().policy.clone();
-        let mut piece = piece_from_message(message).map_err(Error::Argument)?;
-        if let Err(why) = redact_piece(&mut piece, &mut |info| policy.redact(&info)) {
-            self.mark_lost(id, format!("a step was not recorded: {why}"));
-            return Ok(());
-        }
+        let piece = piece_from_message(message).map_err(Error::Argument)?;
         let bytes = size(&piece);
         if bytes > limits::MAX_STEP_BYTES {
             self.mark_lost(id, "a step was larger than the limit".into());
@@ -173,7 +174,7 @@ impl Locum {
             });
         }
         open.bytes += bytes;
-        let mut shadow = None;
+        let (mut shadow, mut spoke) = (None, None);
         let records = match piece {
             Piece::Step(mut step) => {
                 step.index = open.steps.len() as u32 + 1;
@@ -192,7 +193,8 @@ impl Locum {
                     if let Some(answer) =
                         open.answer.take().filter(|_| meta.actor == Actor::Student)
                     {
-                        step.weights_id = Some(answer.student);
+                        step.weights_id = Some(answer.student.id.clone());
+                        spoke = Some(answer.student);
                         step.token_ids = Some(answer.tokens);
                         step.prompt_digest = Some(answer.digest);
                     }
@@ -242,7 +244,7 @@ impl Locum {
         };
         drop(episodes);
         for record in records {
-            if let Err(error) = self.put(record) {
+            if let Err(error) = self.inner.put_of(record, spoke.take()) {
                 self.mark_lost(id, format!("a step was lost: {error}"));
                 return Err(error);
             }
@@ -368,7 +370,28 @@ impl Locum {
 
 impl super::Inner {
     pub(super) fn put(&self, record: Record) -> Result<(), Error> {
-        match self.store.record(record) {
+        self.put_of(record, None)
+    }
+
+    /// Hands a record over, with the policy's `redact` for the writer thread. The tokens of a step that a student spoke are read
+    /// there as the text they stand for, and are not kept if a secret is in it.
+    fn put_of(&self, record: Record, spoke: Option<Arc<Student>>) -> Result<(), Error> {
+        let mut redact = self.loaded().redact.clone();
+        if let Some(student) = spoke {
+            let (policy, detect) = (redact, self.store.detect());
+            redact = Arc::new(move |record: &mut Record| {
+                if let Record::Step { step, .. } = record {
+                    let secret = |ids: &[u32]| {
+                        let text = student.chat.tokenizer.decode(ids);
+                        !find(&text, detect).is_empty()
+                    };
+                    let tokens = step.token_ids.take();
+                    step.token_ids = tokens.filter(|t| !secret(&t.prompt) && !secret(&t.reply));
+                }
+                policy(record)
+            }) as Redact;
+        }
+        match self.store.record_through(record, Some(redact)) {
             Ok(()) => Ok(()),
             Err(error) => {
                 if matches!(error, StoreError::Busy { .. }) {

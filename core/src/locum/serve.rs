@@ -164,6 +164,7 @@ impl Inner {
             return Err((ReasonCode::Closed, "Locum is closed".into()));
         }
         let (task, turn) = self.of_episode(episode, request)?;
+        let scope = self.scope_of(episode);
         let loaded = self.loaded();
         let mut shadow = None;
         let offer = {
@@ -175,6 +176,12 @@ impl Inner {
                         ReasonCode::NoStudent,
                         "the pinned student is gone".to_string(),
                     ))?;
+                    if student.version > 0 && student.scope != scope {
+                        return Err((
+                            ReasonCode::NoStudent,
+                            "the pinned student belongs to another scope".into(),
+                        ));
+                    }
                     Offer {
                         student,
                         stage: "pinned",
@@ -189,22 +196,24 @@ impl Inner {
                     let fresh = open.plays.is_none();
                     let plays = open
                         .plays
-                        .get_or_insert_with(|| self.plays(episode.0, &serving))
+                        .get_or_insert_with(|| self.plays(episode.0, &scope, &serving))
                         .clone();
                     drop(episodes);
-                    if let Some(trial) = serving.trial.as_mut().filter(|_| fresh) {
+                    let own = |student: &Student| student.scope == scope;
+                    let begun = serving.trial.as_mut().filter(|t| fresh && own(&t.student));
+                    if let Some(trial) = begun {
                         trial.begin(episode.0);
                     }
                     if let Some(trial) = serving
                         .trial
                         .as_ref()
-                        .filter(|t| t.record.stage == "shadow")
+                        .filter(|t| t.record.stage == "shadow" && own(&t.student))
                     {
                         if first && plays == Plays::Teacher && serving.shadows.len() < 64 {
                             shadow = Some(trial.student.clone());
                         }
                     }
-                    let trial = serving.trial.as_ref();
+                    let trial = serving.trial.as_ref().filter(|t| own(&t.student));
                     match plays {
                         Plays::Candidate(version) => {
                             let student = trial
@@ -250,7 +259,7 @@ impl Inner {
                         Plays::Teacher => {
                             let (code, why) = match (
                                 trial.map(|t| t.record.stage.as_str()),
-                                serving.current.is_some(),
+                                serving.current.as_ref().map(|s| own(s)),
                                 &serving.trouble,
                             ) {
                                 (Some("shadow"), ..) => (
@@ -261,18 +270,22 @@ impl Inner {
                                     ReasonCode::CanaryTeacher,
                                     "the teacher's side of a canary".to_string(),
                                 ),
-                                (None, true, _) => (
+                                (None, Some(true), _) => (
                                     ReasonCode::Policy,
                                     "the teacher keeps a share of the episodes".to_string(),
                                 ),
-                                (None, false, Some(trouble)) => {
+                                (None, Some(false), _) => (
+                                    ReasonCode::NoStudent,
+                                    "the promoted student belongs to another scope".to_string(),
+                                ),
+                                (None, None, Some(trouble)) => {
                                     (ReasonCode::NoStudent, trouble.clone())
                                 }
-                                (None, false, None) if self.base.is_none() => (
+                                (None, None, None) if self.base.is_none() => (
                                     ReasonCode::NoStudent,
                                     "no base model is imported".to_string(),
                                 ),
-                                (None, false, None) => {
+                                (None, None, None) => {
                                     (ReasonCode::NoStudent, "no student is promoted".to_string())
                                 }
                             };
@@ -344,6 +357,14 @@ impl Inner {
             }
             Who::Teacher => Err((ReasonCode::Policy, choice.reason)),
         }
+    }
+
+    /// Whom the episode belongs to.
+    fn scope_of(&self, episode: &EpisodeHandle) -> String {
+        let episodes = self.episodes.lock().unwrap_or_else(|e| e.into_inner());
+        episodes
+            .get(&episode.0)
+            .map_or_else(String::new, |open| open.scope.clone())
     }
 
     /// The episode's task, and how many turns its agent has played.
@@ -672,7 +693,7 @@ impl Call {
             .unwrap_or_else(|e| e.into_inner());
         if let Some(open) = episodes.get_mut(&self.episode) {
             open.answer = Some(LastAnswer {
-                student: answer.student.clone(),
+                student: self.student.clone(),
                 tokens: TokenIds {
                     prompt: answer.prompt_ids.clone(),
                     reply: answer.reply_ids.clone(),

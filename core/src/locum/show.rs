@@ -2,6 +2,7 @@
 
 use serde_json::{json, Map};
 
+use super::lineage;
 use super::trial::TrialRecord;
 use super::{now_ms, EngineStats, Error, Inner, Locum, Pin, Stats, StudentSummary};
 use crate::curate::Manifest as CurationManifest;
@@ -24,7 +25,8 @@ impl Locum {
         let current = inner.registry.current()?;
         let pin = inner.serving.lock().unwrap_or_else(|e| e.into_inner()).pin;
         let mut out = Vec::new();
-        for manifest in inner.registry.list()? {
+        let manifests = inner.registry.list()?;
+        for manifest in &manifests {
             let record = trials.iter().find(|t| t.version == manifest.version);
             let state = match record {
                 Some(record) => record.stage.clone(),
@@ -52,6 +54,8 @@ impl Locum {
                 trained_tokens: manifest.trained_tokens,
                 train_seconds: manifest.train_seconds,
                 episodes: manifest.episodes.len() as u64,
+                erased: lineage::erased(&manifests, manifest).len() as u64,
+                scope: manifest.scope.clone(),
                 held_out_exact: number("/candidate/exact")
                     .zip(number("/candidate/steps"))
                     .map(|(e, s)| e / s.max(1.0)),

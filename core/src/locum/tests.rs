@@ -6,6 +6,7 @@ mod fire;
 mod life;
 mod several;
 mod shim;
+mod trust;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -90,6 +91,7 @@ fn canary() -> Trial {
         chat: Arc::new(chat),
         view: View::default(),
         tool_names: Default::default(),
+        scope: String::new(),
         held_out_exact: None,
         learns: false,
     };

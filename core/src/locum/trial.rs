@@ -331,6 +331,7 @@ impl Inner {
             chat: Arc::new(chat),
             view: manifest.view,
             tool_names: manifest.tool_names,
+            scope: manifest.scope,
             held_out_exact: exact,
             learns: crate::evaluate::ttt::helped(&manifest.evaluation),
         }))
@@ -378,13 +379,13 @@ impl Inner {
     }
 
     /// Who plays an episode, settled at its first decision: by a hash of its id, so that a rerun of the same id decides alike.
-    pub(super) fn plays(&self, id: EpisodeId, serving: &Serving) -> Plays {
+    pub(super) fn plays(&self, id: EpisodeId, scope: &str, serving: &Serving) -> Plays {
         let draw = unit_hash(&id.0);
         let settings = &self.loaded().settings.gate;
         if let Some(trial) = serving
             .trial
             .as_ref()
-            .filter(|t| t.record.stage == "canary")
+            .filter(|t| t.record.stage == "canary" && t.student.scope == scope)
         {
             if draw < settings.canary_share {
                 return Plays::Candidate(trial.record.version);
@@ -392,7 +393,9 @@ impl Inner {
             return Plays::Teacher;
         }
         match &serving.current {
-            Some(student) if draw >= settings.keep_teacher => Plays::Current(student.version),
+            Some(student) if student.scope == scope && draw >= settings.keep_teacher => {
+                Plays::Current(student.version)
+            }
             _ => Plays::Teacher,
         }
     }

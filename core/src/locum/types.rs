@@ -10,6 +10,7 @@ use crate::device::DeviceOptions;
 use crate::episode::{Actor, Agent, EpisodeId, Task, ToolCall, ToolSpec};
 use crate::model::WeightFormat;
 use crate::policy::{HookStats, Policy, Who};
+use crate::secrets::Detect;
 
 /// How to open a store. `Default` is what most hosts want.
 #[derive(Clone, Default)]
@@ -36,6 +37,8 @@ pub struct Options {
     pub weights: WeightFormat,
     /// Whether a graphics processor is used, where its object is, and how much of its memory.
     pub device: DeviceOptions,
+    /// Which secrets are looked for in everything recorded, and replaced before it is written; all by default.
+    pub detect: Detect,
 }
 
 /// What is known of an episode when it begins.
@@ -47,6 +50,8 @@ pub struct EpisodeStart {
     pub tools: Vec<ToolSpec>,
     pub session_id: Option<String>,
     pub extra: Map<String, Value>,
+    /// Whom the episode belongs to; empty where the host keeps nobody apart. Students learn from one scope and answer in it only.
+    pub scope: String,
 }
 
 /// What a host knows of a message beside its content.
@@ -203,6 +208,9 @@ pub struct DistilOptions {
     pub continue_student: bool,
     /// Put the result before the gate and the live trial. `false` only stores it.
     pub trial: Option<bool>,
+    /// Only episodes of this scope are learned from, and the student answers in it only; empty means those without one.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub scope: String,
 }
 
 impl TryFrom<Value> for DistilOptions {
@@ -219,6 +227,11 @@ impl TryFrom<Value> for DistilOptions {
         };
         let unfiltered = flag(&mut map, "unfiltered")?.unwrap_or(false);
         let continue_student = flag(&mut map, "continue_student")?.unwrap_or(false);
+        let scope = match map.remove("scope") {
+            None | Some(Value::Null) => String::new(),
+            Some(Value::String(scope)) => scope,
+            Some(other) => return Err(format!("scope is {other}, a string is expected")),
+        };
         let mut trial = flag(&mut map, "trial")?;
         match map.remove("promote") {
             None | Some(Value::Null) => {}
@@ -236,6 +249,7 @@ impl TryFrom<Value> for DistilOptions {
             unfiltered,
             continue_student,
             trial,
+            scope,
         })
     }
 }
@@ -323,6 +337,11 @@ pub struct StudentSummary {
     pub trained_tokens: u64,
     pub train_seconds: f64,
     pub episodes: u64,
+    /// Episodes it learned from, or its ancestors did, that were erased since: it should be retrained without them.
+    pub erased: u64,
+    /// The scope that it learned from and answers in.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub scope: String,
     pub held_out_exact: Option<f64>,
     pub held_out_loss: Option<f64>,
     pub bytes: u64,
@@ -414,6 +433,10 @@ pub enum EventKind {
     Fault = 8,
     /// What a student learned in an episode was undone; it plays the rest of it as it was trained.
     FastWeights = 9,
+    /// Episodes were erased; `detail` names the students that had learned from them.
+    Forgotten = 10,
+    /// A hook of the policy failed too often and is off until the policy is loaded again.
+    HookOff = 11,
 }
 
 /// Reference to an episode that has begun and not ended.

@@ -39,6 +39,10 @@ pub struct Manifest {
     pub split_hash: String,
     /// Ids of the episodes that it learned from.
     pub episodes: Vec<String>,
+    /// Those of them that were erased from the store since: what it learned there is still in its weights.
+    pub erased: Vec<String>,
+    /// The scope they belong to; empty for episodes without one.
+    pub scope: String,
     /// Tools that occur in them.
     pub tool_names: BTreeSet<String>,
     pub job: u64,

@@ -297,6 +297,22 @@ impl Registry {
         Ok(current::history(&self.dir)?.into_iter().rev().find(there))
     }
 
+    /// Notes that episodes a student learned from were erased. Its id stays: the weights are what they were.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoStudent`]; a disk that refuses.
+    pub fn mark_erased(&self, version: u64, episodes: &[String]) -> Result<(), RegistryError> {
+        let _held = lock(&self.dir.join(STUDENTS))?;
+        let mut manifest = self.find(version)?;
+        let dir = self.student_dir(&manifest.id);
+        for id in episodes {
+            if !manifest.erased.contains(id) {
+                manifest.erased.push(id.clone());
+            }
+        }
+        manifest.write(&dir)
+    }
+
     /// Bytes that a student's files take; 0 if there is no such student.
     pub fn bytes(&self, version: u64) -> u64 {
         self.find(version)

@@ -19,7 +19,7 @@ const PAGE_BYTES: u64 = 4096;
 const CHECKPOINT_PAGES: u32 = 8192;
 
 /// Numbered migrations; the schema of a file is the number of the last one applied.
-const MIGRATIONS: &[&str] = &[include_str!("schema.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("schema_2.sql")];
 /// The newest schema version this build writes.
 pub const SCHEMA_VERSION: u32 = MIGRATIONS.len() as u32;
 
@@ -88,7 +88,7 @@ pub fn open_writer(dir: &Path, options: &StoreOptions) -> Result<Connection, Sto
     migrate(&mut connection, &path)?;
     let prepare = |sql: &str| connection.execute_batch(sql).map_err(|e| explain(&path, e));
     prepare(&format!(
-        "PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES};"
+        "PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}; PRAGMA secure_delete=ON;"
     ))?;
     if options.max_disk_bytes > 0 {
         prepare(&format!(

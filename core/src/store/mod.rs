@@ -14,6 +14,7 @@ pub mod json;
 mod forking;
 mod read;
 mod repair;
+mod redaction;
 mod rows;
 mod sessions;
 mod size;
@@ -26,6 +27,7 @@ pub use check::{check, prompt_digest, Checked, Finding, Severity};
 pub use database::{DATABASE, SCHEMA_VERSION};
 pub use forking::{after_fork, before_fork};
 pub use read::{Counts, EpisodeSummary, Query};
+pub use redaction::Redact;
 pub use repair::repair;
 pub use writer::Health;
 
@@ -41,6 +43,7 @@ use serde_json::Value;
 
 use crate::episode::{Counterfactual, Episode, EpisodeId, Observation, Outcome, Step};
 use crate::limits::{MAX_EPISODE_BYTES, MAX_QUEUED_BYTES, MAX_QUEUED_RECORDS, MAX_STEP_BYTES};
+use crate::secrets::Detect;
 use crate::threads::spawn_quiet;
 use statements::Statements;
 use writer::{Command, Load, Writer};
@@ -65,6 +68,8 @@ pub struct StoreOptions {
     pub max_queued_records: usize,
     /// Bytes waiting for the writer before `record` answers [`StoreError::Busy`].
     pub max_queued_bytes: usize,
+    /// What is looked for in records, and replaced by a mark before it is written.
+    pub detect: Detect,
 }
 
 impl Default for StoreOptions {
@@ -76,6 +81,7 @@ impl Default for StoreOptions {
             busy_timeout_ms: 5000,
             max_queued_records: MAX_QUEUED_RECORDS,
             max_queued_bytes: MAX_QUEUED_BYTES,
+            detect: Detect::ALL,
         }
     }
 }
@@ -327,6 +333,7 @@ impl Store {
                     receiver,
                     load,
                     health,
+                    detect: options.detect,
                 };
                 let thread =
                     spawn_quiet("locum-store", move || writer.run()).map_err(|source| {
@@ -354,6 +361,11 @@ impl Store {
         })
     }
 
+    /// What is looked for in records.
+    pub fn detect(&self) -> Detect {
+        self.options.detect
+    }
+
     /// The store's folder.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -370,6 +382,12 @@ impl Store {
     /// # Errors
     /// [`StoreError::Busy`] or [`StoreError::TooLarge`]: not taken. [`StoreError::ReadOnly`], [`StoreError::Closed`].
     pub fn record(&self, record: Record) -> Result<(), StoreError> {
+        self.record_through(record, None)
+    }
+
+    /// [`Store::record`] through a hook that the writer thread runs behind the detectors, before it keeps anything of the
+    /// record. A record for which the hook fails is left out and marks its episode incomplete.
+    pub fn record_through(&self, record: Record, redact: Option<Redact>) -> Result<(), StoreError> {
         let door = self.door()?;
         let bytes = size::of_record(&record);
         let limit = match &record {
@@ -394,7 +412,11 @@ impl Store {
                 records,
                 bytes: waiting,
             }),
-            true => door.give(Command::Record { record, bytes }),
+            true => door.give(Command::Record {
+                record,
+                bytes,
+                redact,
+            }),
         };
         if result.is_err() {
             self.load.records.fetch_sub(1, Ordering::Relaxed);
@@ -458,6 +480,25 @@ impl Store {
         };
         self.door()?.ask(command)?;
         wait(&answer, PUT_TIMEOUT)
+    }
+
+    /// Erases episodes, so that their bytes are in no file of the store any more: the rows are overwritten, the database is written
+    /// anew without them and its log is cut to nothing. Takes about as long as copying the store, and as much room for that time.
+    /// Episodes that are not there are no error; asking again finishes an erasure that was cut off.
+    ///
+    /// # Errors
+    /// As [`flush`](Store::flush); [`StoreError::Locked`] if a reader held on to the old state for seconds: the episodes are gone for
+    /// every new reader then, and their bytes go with the next attempt.
+    pub fn erase(&self, episodes: &[EpisodeId], timeout: Duration) -> Result<(), StoreError> {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        let command = Command::Erase {
+            episodes: episodes.to_vec(),
+            reply,
+        };
+        self.door()?.ask(command)?;
+        // An idle reader may stand on a statement's page.
+        lock(&self.readers).clear();
+        wait(&answer, timeout)
     }
 
     /// Tries to become the one process that learns from this store. True if this store now is, or already was.

@@ -20,6 +20,8 @@ pub struct Query {
     pub domain: Option<String>,
     /// Only of this task.
     pub task_id: Option<String>,
+    /// Only of this scope; empty asks for those without one.
+    pub scope: Option<String>,
     /// Only those that have ended.
     pub closed_only: bool,
     /// Only those that began, or were imported, at this time or later.
@@ -133,7 +135,34 @@ impl Store {
 
     /// How much there is, of all episodes or of those that began or were imported since `since_ms`.
     pub fn counts(&self, since_ms: Option<u64>) -> Result<Counts, StoreError> {
-        self.reading(|db| counts(db, since_ms))
+        self.reading(|db| counts(db, since_ms, None))
+    }
+
+    /// How much there is of one scope.
+    pub fn counts_of_scope(
+        &self,
+        scope: &str,
+        since_ms: Option<u64>,
+    ) -> Result<Counts, StoreError> {
+        self.reading(|db| counts(db, since_ms, Some(scope)))
+    }
+
+    /// The scope with the most successes that began or were imported since `since_ms`; `None` where there is no success.
+    pub fn busiest_scope(&self, since_ms: Option<u64>) -> Result<Option<String>, StoreError> {
+        let since = since_ms.map(|ms| ms.min(i64::MAX as u64) as i64);
+        self.reading(|db| {
+            let sql = "SELECT scope FROM episodes WHERE status='success' AND (?1 IS NULL OR arrived_at_ms>=?1)
+                GROUP BY scope ORDER BY count(*) DESC, scope LIMIT 1";
+            db.first(sql, [since], |row| row.get(0))
+        })
+    }
+
+    /// True if an episode that is there has this task or belongs to this group.
+    pub fn names_task(&self, task_or_group: &str) -> Result<bool, StoreError> {
+        self.reading(|db| {
+            let sql = "SELECT 1 FROM episodes WHERE task_id=?1 OR group_key=?1 LIMIT 1";
+            Ok(db.first(sql, [task_or_group], |_| Ok(()))?.is_some())
+        })
     }
 
     /// A document; `None` if there is none.
@@ -203,6 +232,10 @@ fn select(query: &Query, columns: &str) -> (String, Vec<Cell>) {
         sql += " AND task_id=?";
         cells.push(Cell::Text(task.clone()));
     }
+    if let Some(scope) = &query.scope {
+        sql += " AND scope=?";
+        cells.push(Cell::Text(scope.clone()));
+    }
     if query.closed_only {
         sql += " AND closed=1";
     }
@@ -256,14 +289,14 @@ fn summary_from(row: &Row) -> rusqlite::Result<EpisodeSummary> {
     })
 }
 
-fn counts(db: &Statements, since_ms: Option<u64>) -> rusqlite::Result<Counts> {
+fn counts(db: &Statements, since_ms: Option<u64>, scope: Option<&str>) -> rusqlite::Result<Counts> {
     let since = since_ms.map(|ms| ms.min(i64::MAX as u64) as i64);
     let sql = "SELECT count(*), sum(closed=0), sum(closed), sum(incomplete),
            sum(status='success'), sum(status='partial'), sum(status='failure'), sum(status='aborted'),
            sum(closed AND coalesce(status, 'unknown')='unknown'),
            sum(n_steps), sum(n_agent), sum(n_teacher), sum(n_student)
-         FROM episodes WHERE ?1 IS NULL OR arrived_at_ms>=?1";
-    let counts = db.first(sql, [since], |row| {
+         FROM episodes WHERE (?1 IS NULL OR arrived_at_ms>=?1) AND (?2 IS NULL OR scope=?2)";
+    let counts = db.first(sql, (since, scope), |row| {
         let n = |at: usize| row.get::<_, Option<i64>>(at).map(|n| n.unwrap_or(0) as u64);
         Ok(Counts {
             episodes: n(0)?,

@@ -45,8 +45,8 @@ pub fn insert_episode(
     let from = &episode.provenance;
     let sql = "INSERT INTO episodes (id, schema, session_id, parent_id, continued_from, task_id, domain, group_key,
            instruction, split, agent_name, agent_version, tools, closed, incomplete, started_at_ms, ended_at_ms,
-           arrived_at_ms, source_format, source_id, imported_at_ms, redactions, extra, recorder)
-         VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18,?19,?20,?21,?22,?23,?24)
+           arrived_at_ms, source_format, source_id, imported_at_ms, redactions, extra, recorder, scope)
+         VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18,?19,?20,?21,?22,?23,?24,?25)
          ON CONFLICT (id) DO NOTHING";
     let made = db.execute(
         sql,
@@ -75,6 +75,7 @@ pub fn insert_episode(
             list(&from.redactions)?,
             object(&episode.extra),
             if episode.closed { None } else { recorder },
+            episode.scope,
         ],
     )?;
     Ok((made == 1).then(|| db.db().last_insert_rowid()))
@@ -265,6 +266,28 @@ pub fn delete_episode(db: &Statements, episode: i64) -> rusqlite::Result<()> {
     Ok(())
 }
 
+/// Adds to the redactions that changed something in an episode.
+pub fn note_redactions(db: &Statements, episode: i64, names: &[String]) -> rusqlite::Result<()> {
+    let sql = "SELECT redactions FROM episodes WHERE episode=?1";
+    let known: Vec<String> = db
+        .first(sql, [episode], |row| read(row, "redactions"))?
+        .flatten()
+        .unwrap_or_default();
+    let new = names.iter().filter(|name| !known.contains(name));
+    let all: Vec<String> = known.iter().chain(new).cloned().collect();
+    if all.len() > known.len() {
+        let sql = "UPDATE episodes SET redactions=?2 WHERE episode=?1";
+        db.execute(sql, params![episode, list(&all)?])?;
+    }
+    Ok(())
+}
+
+/// True if something was taken out of an episode.
+pub fn is_redacted(db: &Statements, episode: i64) -> rusqlite::Result<bool> {
+    let sql = "SELECT 1 FROM episodes WHERE episode=?1 AND redactions IS NOT NULL";
+    Ok(db.first(sql, [episode], |_| Ok(()))?.is_some())
+}
+
 /// The number of the episode with this id.
 pub fn find(db: &Statements, id: EpisodeId) -> rusqlite::Result<Option<i64>> {
     db.first("SELECT episode FROM episodes WHERE id=?1", [id.0], |row| {
@@ -366,6 +389,8 @@ fn episode_from(row: &Row) -> rusqlite::Result<Episode> {
             redactions: read(row, "redactions")?.unwrap_or_default(),
         },
         extra: read(row, "extra")?.unwrap_or_default(),
+        // A file of version 1 that is only read has no such column.
+        scope: row.get("scope").unwrap_or_default(),
     })
 }
 

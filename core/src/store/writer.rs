@@ -13,12 +13,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use rusqlite::{params, Connection, ErrorCode};
 
 use super::database::explain;
+use super::redaction::{self, Cleaned, Redact};
 use super::rows::{self, Tally};
 use super::sessions::{self, Session};
 use super::statements::Statements;
 use super::{now_ms, JsonTable, Record, StoreError};
-use crate::episode::EpisodeId;
+use crate::episode::{EpisodeId, Step};
 use crate::files::faults;
+use crate::secrets::Detect;
 
 /// Most records of one commit: large enough to share the disk's wait, small enough that it stays short.
 const GROUP: usize = 256;
@@ -31,11 +33,16 @@ const LIVELY: Duration = Duration::from_millis(100);
 /// Time between two such looks. A flush does not wait for it.
 const NAP: Duration = Duration::from_millis(2);
 
+/// How long an erasure waits for readers that hold on to the old state.
+const ERASE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// What the writer is asked for.
 pub enum Command {
     Record {
         record: Record,
         bytes: usize,
+        /// Run over it before anything is kept.
+        redact: Option<Redact>,
     },
     /// Answered once everything before it is durable, or cannot be made so now.
     Flush(Sender<Result<(), StoreError>>),
@@ -44,6 +51,11 @@ pub enum Command {
         table: JsonTable,
         id: String,
         value: Option<String>,
+        reply: Sender<Result<(), StoreError>>,
+    },
+    /// Removes episodes and every byte of them; answered when that is done.
+    Erase {
+        episodes: Vec<EpisodeId>,
         reply: Sender<Result<(), StoreError>>,
     },
     Stop(Sender<Result<(), StoreError>>),
@@ -81,6 +93,7 @@ pub struct Writer {
     pub receiver: Receiver<Command>,
     pub load: Arc<Load>,
     pub health: Arc<Mutex<Health>>,
+    pub detect: Detect,
 }
 
 impl Writer {
@@ -93,6 +106,7 @@ impl Writer {
             receiver,
             load,
             health,
+            detect,
         } = self;
         let mut work = Work {
             statements: Statements::new(&db),
@@ -101,6 +115,7 @@ impl Writer {
             receiver: &receiver,
             load: &load,
             health: &health,
+            detect,
             known: HashMap::new(),
             pending: Vec::new(),
             tried: None,
@@ -130,10 +145,11 @@ struct Work<'c> {
     receiver: &'c Receiver<Command>,
     load: &'c Load,
     health: &'c Mutex<Health>,
+    detect: Detect,
     /// Numbers of the episodes being recorded.
     known: HashMap<EpisodeId, i64>,
     /// Accepted and not yet durable, oldest first.
-    pending: Vec<(Record, usize)>,
+    pending: Vec<Cleaned>,
     /// When the disk last refused.
     tried: Option<Instant>,
     /// Something was written since the last checkpoint.
@@ -205,9 +221,16 @@ impl Work<'_> {
         let mut next = Some(first);
         let mut stop = None;
         let mut put = None;
+        let mut erase = None;
         while let Some(command) = next {
             match command {
-                Command::Record { record, bytes } => self.pending.push((record, bytes)),
+                Command::Record {
+                    record,
+                    bytes,
+                    redact,
+                } => self
+                    .pending
+                    .push(redaction::clean(record, bytes, self.detect, redact)),
                 Command::Flush(reply) => waiting.push(reply),
                 Command::Put {
                     table,
@@ -216,6 +239,10 @@ impl Work<'_> {
                     reply,
                 } => {
                     put = Some((table, id, value, reply));
+                    break;
+                }
+                Command::Erase { episodes, reply } => {
+                    erase = Some((episodes, reply));
                     break;
                 }
                 Command::Stop(reply) => {
@@ -229,7 +256,7 @@ impl Work<'_> {
                 None
             };
         }
-        let asked = !waiting.is_empty() || put.is_some();
+        let asked = !waiting.is_empty() || put.is_some() || erase.is_some();
         // While the disk refuses, a new record alone is no reason to ask it again at once.
         let rest = self.tried.is_some_and(|at| at.elapsed() < RETRY);
         let result = if rest && !asked { Ok(()) } else { self.write() };
@@ -238,6 +265,8 @@ impl Work<'_> {
         }
         if let Some((table, id, value, reply)) = put {
             let _ = reply.send(result.and_then(|()| self.put(table, &id, value.as_deref())));
+        } else if let Some((episodes, reply)) = erase {
+            let _ = reply.send(result.and_then(|()| self.erase(&episodes)));
         }
         stop
     }
@@ -255,7 +284,7 @@ impl Work<'_> {
             let n = self.pending.len().min(GROUP);
             match self.commit(n) {
                 Ok(refusals) => {
-                    let bytes = self.pending.drain(..n).map(|(_, bytes)| bytes).sum();
+                    let bytes = self.pending.drain(..n).map(|cleaned| cleaned.bytes).sum();
                     self.load.records.fetch_sub(n, Ordering::Relaxed);
                     self.load.bytes.fetch_sub(bytes, Ordering::Relaxed);
                     self.tried = None;
@@ -324,7 +353,8 @@ impl Work<'_> {
         let db = &self.statements;
         let mut refusals = Vec::new();
         let mut tallies: HashMap<i64, Tally> = HashMap::new();
-        for (record, _) in &self.pending[..n] {
+        for cleaned in &self.pending[..n] {
+            let record = &cleaned.record;
             faults::check("row", self.path).map_err(said_by_the_disk)?;
             db.execute("SAVEPOINT one", [])?;
             let refusal = match apply(db, &mut self.known, &mut tallies, record, self.session) {
@@ -336,6 +366,9 @@ impl Work<'_> {
                 )),
                 Err(error) => return Err(error),
             };
+            if refusal.is_none() {
+                note(db, &self.known, cleaned)?;
+            }
             if let Some(refusal) = refusal {
                 db.execute("ROLLBACK TO one", [])?;
                 if record.loses_a_step() {
@@ -373,6 +406,47 @@ impl Work<'_> {
             }
         }
         done
+    }
+
+    /// Removes episodes, writes the database anew without them, and cuts the log to nothing.
+    fn erase(&mut self, episodes: &[EpisodeId]) -> Result<(), StoreError> {
+        let said = |error| explain(self.path, error);
+        let db = &self.statements;
+        let remove = || {
+            for id in episodes {
+                if let Some(number) = rows::find(db, *id)? {
+                    rows::delete_episode(db, number)?;
+                }
+            }
+            db.execute("COMMIT", [])
+        };
+        db.execute("BEGIN IMMEDIATE", []).map_err(said)?;
+        if let Err(error) = remove() {
+            let _ = db.execute("ROLLBACK", []);
+            return Err(said(error));
+        }
+        self.known.retain(|id, _| !episodes.contains(id));
+        // Overwriting deleted rows leaves copies that were made when pages were split; a new file has none.
+        db.db()
+            .execute_batch("PRAGMA temp_store=MEMORY; VACUUM; PRAGMA temp_store=DEFAULT")
+            .map_err(said)?;
+        let begun = Instant::now();
+        loop {
+            let busy = db
+                .first("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| {
+                    row.get::<_, i64>(0)
+                })
+                .map_err(said)?;
+            if busy != Some(1) {
+                self.unchecked = false;
+                return Ok(());
+            }
+            if begun.elapsed() > ERASE_PATIENCE {
+                let path = self.path.to_path_buf();
+                return Err(StoreError::Locked { path });
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Moves the write-ahead log into the database while nobody waits. A reader may hold it up; the next idle time tries again.
@@ -419,6 +493,29 @@ pub fn said_by_the_disk(error: std::io::Error) -> rusqlite::Error {
         _ => rusqlite::ffi::SQLITE_IOERR,
     };
     rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), Some(error.to_string()))
+}
+
+/// Notes in the episode's row what was taken out of a record that was written.
+fn note(
+    db: &Statements,
+    known: &HashMap<EpisodeId, i64>,
+    cleaned: &Cleaned,
+) -> rusqlite::Result<()> {
+    if cleaned.redacted.is_empty() && cleaned.lost.is_none() {
+        return Ok(());
+    }
+    let id = cleaned.record.episode();
+    let number = match known.get(&id) {
+        Some(number) => Some(*number),
+        None => rows::find(db, id)?,
+    };
+    if let Some(number) = number {
+        rows::note_redactions(db, number, &cleaned.redacted)?;
+        if let Some(why) = &cleaned.lost {
+            sessions::mark_incomplete(db, number, why)?;
+        }
+    }
+    Ok(())
 }
 
 /// True for errors that the record itself causes and that would come again on every attempt.
@@ -491,6 +588,17 @@ fn apply(
                 }
                 unknown.insert(number);
             }
+            // Tokens spell out what a redaction has taken out of the texts before.
+            let plain: Step;
+            let step = if step.token_ids.is_some() && rows::is_redacted(db, number)? {
+                plain = Step {
+                    token_ids: None,
+                    ..(**step).clone()
+                };
+                &plain
+            } else {
+                &**step
+            };
             rows::insert_step(db, number, step)?;
             tallies.entry(number).or_default().add(step);
         }

@@ -50,6 +50,8 @@ EVENTS = {
     7: "policy_loaded",
     8: "fault",
     9: "fast_weights",
+    10: "forgotten",
+    11: "hook_off",
 }
 PINS = {"automatic": 0, "teacher": 2**64 - 1, "base": 2**64 - 2}
 
@@ -96,6 +98,7 @@ class Options(_Sized):
         ("max_disk_bytes", c_uint64), ("max_cache_bytes", c_uint64),
         ("weights", c_int32), ("reserved", c_uint32),
         ("device_library", Str), ("max_device_bytes", c_uint64),
+        ("detectors", Str),
     ]  # fmt: skip
 
 

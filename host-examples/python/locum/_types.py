@@ -145,7 +145,7 @@ class Event:
     """Something happened: a job moved on, a student was promoted or taken back."""
 
     kind: int
-    name: str  # job_progress, job_state, student_swapped, rolled_back, store_trouble, policy_loaded, fault, fast_weights
+    name: str  # job_progress, job_state, student_swapped, rolled_back, store_trouble, policy_loaded, fault, fast_weights, forgotten, hook_off
     subject: int  # a job, or a student's version
     number: int
     detail: dict[str, Any]

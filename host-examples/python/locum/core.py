@@ -48,6 +48,8 @@ class Locum:
     - `threads`, `train_threads`: 0 for as many as the machine has cores.
     - `weights`: numbers in which models in service keep their weights: "bf16", what a student's file holds; "q8" and "q4" are smaller and
       faster and may answer a little differently; "f32". Another word raises `ArgumentError`.
+    - `detectors`: secrets that are replaced by a mark before anything recorded is written: "all", "none", or kinds to leave out such as
+      "-email,-entropy" (key, private_key, jwt, bearer, password, card, email, entropy). Another word raises `ArgumentError`.
     - `learn`: False records and serves but starts no distillation in this process; `load_model`: False only records;
       `read_only` only looks.
     - `library`: the shared library; None to find it (see `locum.find_library`).
@@ -69,6 +71,7 @@ class Locum:
         max_disk_bytes: int = 0,
         max_cache_bytes: int = 0,
         weights: str = "bf16",
+        detectors: str = "all",
         learn: bool = True,
         load_model: bool = True,
         read_only: bool = False,
@@ -93,6 +96,7 @@ class Locum:
             "weights": WEIGHTS.index(weights) + 1 if weights in WEIGHTS else -1,
             "device_library": os.fsencode(device_library) if device_library else b"",
             "max_device_bytes": max_device_bytes,
+            "detectors": detectors.encode(),
         }
         self._library_path = library
         self._opening = threading.Lock()

@@ -29,6 +29,7 @@ fn student(seed: u64) -> Arc<Student> {
         tool_names: Default::default(),
         held_out_exact: None,
         learns: true,
+        scope: String::new(),
     })
 }
 
