@@ -120,14 +120,14 @@ fn a_training_goes_on_on_the_processor_where_the_card_has_no_memory_or_fails() {
         assert!(output.status.success(), "{order}: {said}");
         said
     };
-    for order in ["alloc=20", "alloc=300", "alloc=700"] {
+    for order in ["alloc=20", "alloc=300"] {
         let said = said(order);
         assert!(
             said.contains("losses:") && said.contains("then stand-in"),
             "{order}: {said}"
         );
     }
-    for order in ["launch=20", "launch=500", "launch=2000"] {
+    for order in ["launch=20", "launch=700"] {
         let said = said(order);
         assert!(
             said.contains("losses:") && said.contains("then processor: the card failed"),

@@ -236,7 +236,7 @@ fn samples(model: &Model) -> Vec<Sample> {
 fn plan(method: Method) -> TrainPlan {
     TrainPlan {
         method,
-        tokens: 360,
+        tokens: 240,
         batch_tokens: 60,
         lr: 2e-3,
         warmup_steps: 2,
