@@ -132,6 +132,19 @@ headers:
 cuda:
 	@$(PYTHON) core/cuda/build.py --cache $(CACHE) --target $(TARGET) --cargo $(CARGO)
 
+# What a machine with a card needs for its tests: the object, and core's tests as one program.
+CARRY := $(TARGET)/cuda/carry
+CUDA_OUT ?= $(TARGET)/cuda/report
+
+cuda-carry: cuda
+	@mkdir -p $(CARRY)
+	@cp $(TARGET)/release/liblocum_cuda.so $(CARRY)/
+	@tests=$$($(CARGO) test --release -p locum-core --lib --no-run --message-format json | $(PYTHON) -c 'import json, sys; print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])') && strip -o $(CARRY)/locum-core-tests $$tests
+	@du -sk $(CARRY) | awk '{ printf "== %s: %.0f MB; with them and this repository on a machine with a card: sh core/cuda/check.sh %s OUT\n", $$2, $$1 / 1024, $$2 }'
+
+cuda-check: cuda-carry
+	@sh core/cuda/check.sh $(CARRY) $(CUDA_OUT)
+
 # --- others' libraries on our files ---
 
 # A Python that has torch, transformers, peft and numpy; made here if none is named.

@@ -384,8 +384,14 @@ fn the_changelog_begins_with_this_version() {
 #[test]
 fn every_package_carries_the_same_version() {
     let python = read("host-examples/python/pyproject.toml");
+    let version = format!("version = \"{}\"", env!("CARGO_PKG_VERSION"));
     assert!(
-        python.contains(&format!("version = \"{}\"", env!("CARGO_PKG_VERSION"))),
+        python.contains(&version),
         "the Python package has another version"
+    );
+    let cuda = read("core/cuda/Cargo.toml");
+    assert!(
+        cuda.contains(&version),
+        "liblocum_cuda.so has another version"
     );
 }

@@ -50,7 +50,7 @@ fn job(student: &Arc<Student>, key: u128, prompt: &str, learns: bool, ruled: boo
         prompt_ids: student.chat.tokenizer.encode(prompt, true),
         grammar: None,
         avoid: None,
-        max_tokens: 30,
+        max_tokens: 12,
         deadline: Instant::now() + Duration::from_secs(100),
         temperature: 0.0,
         seed: 0,
@@ -69,8 +69,8 @@ fn answers(device: &Arc<Device>) -> Vec<(Vec<u32>, usize, usize)> {
     let engine = Engine::new(options, Box::new(|_| ())).unwrap();
     let students = [student(1), student(2)];
     let mut out = Vec::new();
-    for step in 0..3 {
-        let tickets: Vec<_> = (0..4u128)
+    for step in 0..2 {
+        let tickets: Vec<_> = (0..3u128)
             .map(|episode| {
                 let prompt = format!("episode {episode}: {}", "look around; ".repeat(step + 1));
                 let student = &students[episode as usize % 2];
@@ -141,10 +141,10 @@ fn answers_on_the_stand_in_are_those_of_the_processor() {
 
 #[test]
 fn answers_go_on_on_the_processor_where_a_card_has_no_memory_or_fails() {
-    for order in ["alloc=40", "alloc=200", "alloc=2000"] {
+    for order in ["alloc=40", "alloc=200"] {
         assert!(passes(Some(order)).contains("on stand-in"), "{order}");
     }
-    for order in ["launch=1", "launch=300", "launch=3000"] {
+    for order in ["launch=1", "launch=300"] {
         let said = passes(Some(order));
         assert!(
             said.contains("on processor: the card failed"),

@@ -5,6 +5,7 @@ mod engine;
 mod faults;
 mod object;
 mod parity;
+mod speed;
 mod stand_in;
 mod training;
 
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use super::{Card, DeviceOptions};
 use crate::kernels::Random;
-use crate::model::{LayerParam, Model, ParamId};
+use crate::model::{LayerParam, Lora, Model, ParamId, TrainId};
 
 /// Names the object whose card the tests of `parity` and `training` are to be run on.
 const OBJECT: &str = "LOCUM_TEST_CUDA";
@@ -37,8 +38,12 @@ fn card() -> Option<Arc<Card>> {
     }
 }
 
+/// tests/reference, wherever this binary was carried.
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference")
+    match std::env::var_os("LOCUM_TEST_FIXTURES") {
+        Some(folder) => folder.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference"),
+    }
 }
 
 /// A model of tests/reference: `llama`, `qwen3`.
@@ -116,4 +121,32 @@ fn assert_close(what: &str, want: &[f32], got: &[f32], tolerance: f32) {
         gap <= tolerance,
         "{what}: {gap:e} apart, {tolerance:e} allowed"
     );
+}
+
+/// All tensors of a model but those that learn while it reads, or an adapter's.
+fn moving(model: &Model, lora: Option<&Lora>) -> Vec<(TrainId, usize)> {
+    match lora {
+        None => ParamId::all(&model.config)
+            .into_iter()
+            .map(|id| (TrainId::Full(id), id.shape(&model.config).iter().product()))
+            .collect(),
+        Some(lora) => lora
+            .pairs
+            .iter()
+            .flat_map(|((layer, p), (a, b))| {
+                [
+                    (TrainId::LoraA(*layer, *p), a.len()),
+                    (TrainId::LoraB(*layer, *p), b.len()),
+                ]
+            })
+            .collect(),
+    }
+}
+
+fn value(model: &Model, lora: Option<&Lora>, id: TrainId) -> Vec<f32> {
+    match id {
+        TrainId::Full(id) => model.weights.params[&id].to_vec(),
+        TrainId::LoraA(layer, p) => lora.unwrap().pairs[&(layer, p)].0.clone(),
+        TrainId::LoraB(layer, p) => lora.unwrap().pairs[&(layer, p)].1.clone(),
+    }
 }

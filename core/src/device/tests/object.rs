@@ -119,3 +119,56 @@ fn an_object_that_everybody_may_write_to_is_refused() {
         "{refused}"
     );
 }
+
+/// What a shared object wants of others when it is loaded.
+fn undefined(object: &Path) -> Vec<String> {
+    let nm = Command::new("nm")
+        .args(["-D", "--undefined-only"])
+        .arg(object)
+        .output()
+        .unwrap();
+    assert!(
+        nm.status.success(),
+        "{}",
+        String::from_utf8_lossy(&nm.stderr)
+    );
+    let said = String::from_utf8_lossy(&nm.stdout);
+    let names = said
+        .lines()
+        .filter_map(|line| line.split_whitespace().last());
+    names
+        .map(|name| name.split('@').next().unwrap_or(name).to_string())
+        .collect()
+}
+
+#[test]
+fn the_object_needs_nothing_of_cuda_to_be_loaded() {
+    // The one that `make cuda` built, where it did, in the folder that this test was built into.
+    let tests = std::env::current_exe().unwrap();
+    let built = tests.ancestors().nth(2).map(|folder| folder.join(FILE));
+    let built = built.filter(|object| object.exists());
+    if built.is_none() {
+        println!("skipped for the object with kernels: `make cuda` was not run");
+    }
+    let of_tests = super::stand_in::stand_in().object.clone();
+    for object in built.into_iter().chain([of_tests]) {
+        let wanted = undefined(&object);
+        assert!(wanted.iter().any(|name| name == "dlopen"), "{wanted:?}");
+        let of_cuda: Vec<&String> = wanted
+            .iter()
+            .filter(|name| name.starts_with("cu") || name.starts_with("nv"))
+            .collect();
+        assert!(
+            of_cuda.is_empty(),
+            "{} leaves {of_cuda:?} undefined",
+            object.display()
+        );
+        let needed = Command::new("readelf")
+            .arg("-d")
+            .arg(&object)
+            .output()
+            .unwrap();
+        let needed = String::from_utf8_lossy(&needed.stdout).into_owned();
+        assert!(!needed.contains("libcu"), "{needed}");
+    }
+}

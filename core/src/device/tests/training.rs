@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::super::{CardTraining, Device, DeviceOptions, Numbers, TrainRates};
-use super::{apart, assert_close, card, reference, tokens, wide, OBJECT};
+use super::{apart, assert_close, card, moving, reference, tokens, value, wide, OBJECT};
 use crate::kernels::Pool;
 use crate::model::{AdapterConfig, Compute, Grads, Lora, Model, ParamId, Tape, TrainId, LINEARS};
 
@@ -38,34 +38,6 @@ fn batch(model: &Model) -> Batch {
         rows,
         labels,
         weights,
-    }
-}
-
-/// All tensors of a model but those that learn while it reads, or an adapter's.
-fn moving(model: &Model, lora: Option<&Lora>) -> Vec<(TrainId, usize)> {
-    match lora {
-        None => ParamId::all(&model.config)
-            .into_iter()
-            .map(|id| (TrainId::Full(id), id.shape(&model.config).iter().product()))
-            .collect(),
-        Some(lora) => lora
-            .pairs
-            .iter()
-            .flat_map(|((layer, p), (a, b))| {
-                [
-                    (TrainId::LoraA(*layer, *p), a.len()),
-                    (TrainId::LoraB(*layer, *p), b.len()),
-                ]
-            })
-            .collect(),
-    }
-}
-
-fn value(model: &Model, lora: Option<&Lora>, id: TrainId) -> Vec<f32> {
-    match id {
-        TrainId::Full(id) => model.weights.params[&id].to_vec(),
-        TrainId::LoraA(layer, p) => lora.unwrap().pairs[&(layer, p)].0.clone(),
-        TrainId::LoraB(layer, p) => lora.unwrap().pairs[&(layer, p)].1.clone(),
     }
 }
 
@@ -264,11 +236,11 @@ fn samples(model: &Model) -> Vec<Sample> {
 fn plan(method: Method) -> TrainPlan {
     TrainPlan {
         method,
-        tokens: 900,
+        tokens: 240,
         batch_tokens: 60,
         lr: 2e-3,
         warmup_steps: 2,
-        evaluations: 3,
+        evaluations: 2,
         patience: 2,
         seed: 5,
         compute: Compute::F32,
