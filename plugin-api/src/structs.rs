@@ -6,6 +6,7 @@ use crate::output::LocumBytes;
 pub const OPEN_READ_ONLY: u32 = 1;
 pub const OPEN_NO_LEARNING: u32 = 2;
 pub const OPEN_NO_MODEL: u32 = 4;
+pub const OPEN_DROP_OLDEST: u32 = 8;
 
 #[derive(Clone, Copy)]
 #[repr(C)]

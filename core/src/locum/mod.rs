@@ -114,6 +114,7 @@ impl Locum {
             &options.store_dir,
             StoreOptions {
                 max_disk_bytes: options.max_disk_bytes,
+                drop_oldest: options.drop_oldest,
                 ..StoreOptions::default()
             },
         )?;

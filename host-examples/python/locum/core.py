@@ -50,6 +50,8 @@ class Locum:
       faster and may answer a little differently; "f32". Another word raises `ArgumentError`.
     - `learn`: False records and serves but starts no distillation in this process; `load_model`: False only records;
       `read_only` only looks.
+    - `max_disk_bytes`: largest size of the database, 0 for none; there recording is refused, or with `drop_oldest` the oldest episodes
+      that have ended are dropped and it goes on.
     - `library`: the shared library; None to find it (see `locum.find_library`).
 
     Opening raises `LibraryNotFound`, `PolicyError`, `StoreError` or another `LocumError`. A base model that is missing is no
@@ -70,13 +72,15 @@ class Locum:
         learn: bool = True,
         load_model: bool = True,
         read_only: bool = False,
+        drop_oldest: bool = False,
         library: PathLike | None = None,
     ) -> None:
         self.store = Path(store)
         self._options = {
             "flags": (_ffi.OPEN_READ_ONLY if read_only else 0)
             | (0 if learn else _ffi.OPEN_NO_LEARNING)
-            | (0 if load_model else _ffi.OPEN_NO_MODEL),
+            | (0 if load_model else _ffi.OPEN_NO_MODEL)
+            | (_ffi.OPEN_DROP_OLDEST if drop_oldest else 0),
             "store_dir": os.fsencode(self.store),
             "policy_path": os.fsencode(policy) if policy else b"",
             "base_model_dir": os.fsencode(base_model) if base_model else b"",
