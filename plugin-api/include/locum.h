@@ -116,7 +116,9 @@ enum {
                                  loaded, and a store that is not there is not made                               */
   LOCUM_OPEN_NO_LEARNING = 2, /* record and serve, but start no distillation in this process                     */
   LOCUM_OPEN_NO_MODEL = 4,    /* record only: no model is loaded, the teacher plays everything                   */
-  LOCUM_OPEN_NO_DEVICE = 8    /* compute on the processor, whatever else is there                                */
+  LOCUM_OPEN_NO_DEVICE = 8,   /* compute on the processor, whatever else is there                                */
+  LOCUM_OPEN_DROP_OLDEST = 16 /* at max_disk_bytes the oldest episodes that have ended are dropped, and recording
+                                 goes on; without it the disk counts as full there (LOCUM_E_STORE)               */
 };
 
 /* locum_options.weights */
@@ -137,7 +139,7 @@ typedef struct {
                                   into the store, or none: then everything is recorded, nothing is learned  */
   uint32_t worker_threads;     /* threads that answer; 0 = as many as the machine has cores                 */
   uint32_t train_threads;      /* threads that train;  0 = likewise, at low priority                        */
-  uint64_t max_disk_bytes;     /* of the whole store directory; 0 = no limit                                */
+  uint64_t max_disk_bytes;     /* of the database; its log adds an eighth; models not counted; 0 = no limit */
   uint64_t max_cache_bytes;    /* KV caches kept for prefix reuse; 0 = 256 MiB                              */
   int32_t weights;             /* LOCUM_WEIGHTS_*: numbers in which models in service keep their weights    */
   uint32_t reserved;           /* 0 */

@@ -18,7 +18,9 @@ use crate::input::{borrow_bytes, read_struct, text, LocumStr};
 use crate::instances::{objects, too_many, Instance};
 use crate::output::{put, LocumError};
 use crate::status::{Failure, E_LIMIT, E_NOT_FOUND, OK};
-use crate::structs::{Options, OPEN_NO_DEVICE, OPEN_NO_LEARNING, OPEN_NO_MODEL, OPEN_READ_ONLY};
+use crate::structs::{
+    Options, OPEN_DROP_OLDEST, OPEN_NO_DEVICE, OPEN_NO_LEARNING, OPEN_NO_MODEL, OPEN_READ_ONLY,
+};
 use locum_core::threads::SignalsBlocked;
 
 /// Longest path that is taken, in bytes.
@@ -114,7 +116,11 @@ pub fn wait(ms: u32) -> Duration {
 /// # Safety
 /// The strings of `options` are readable.
 unsafe fn core_options(options: &Options) -> Result<CoreOptions, Failure> {
-    let known = OPEN_READ_ONLY | OPEN_NO_LEARNING | OPEN_NO_MODEL | OPEN_NO_DEVICE;
+    let known = OPEN_READ_ONLY
+        | OPEN_NO_LEARNING
+        | OPEN_NO_MODEL
+        | OPEN_NO_DEVICE
+        | OPEN_DROP_OLDEST;
     if options.flags & !known != 0 {
         return Err(Failure::argument(format!(
             "locum_options.flags has unknown bits {:#x}",
@@ -151,6 +157,7 @@ unsafe fn core_options(options: &Options) -> Result<CoreOptions, Failure> {
         no_learning: options.flags & (OPEN_NO_LEARNING | OPEN_READ_ONLY) != 0,
         no_model: options.flags & (OPEN_NO_MODEL | OPEN_READ_ONLY) != 0,
         max_disk_bytes: options.max_disk_bytes,
+        drop_oldest: options.flags & OPEN_DROP_OLDEST != 0,
         max_cache_bytes: usize::try_from(options.max_cache_bytes).unwrap_or(usize::MAX),
         weights: match options.weights {
             0 | 2 => WeightFormat::Bf16,

@@ -7,6 +7,7 @@ pub const OPEN_READ_ONLY: u32 = 1;
 pub const OPEN_NO_LEARNING: u32 = 2;
 pub const OPEN_NO_MODEL: u32 = 4;
 pub const OPEN_NO_DEVICE: u32 = 8;
+pub const OPEN_DROP_OLDEST: u32 = 16;
 
 #[derive(Clone, Copy)]
 #[repr(C)]

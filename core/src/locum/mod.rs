@@ -129,6 +129,7 @@ impl Locum {
             StoreOptions {
                 max_disk_bytes: options.max_disk_bytes,
                 detect: options.detect,
+                drop_oldest: options.drop_oldest,
                 ..StoreOptions::default()
             },
         )?;

@@ -91,6 +91,7 @@ impl Locum {
             busy: inner.busy.load(std::sync::atomic::Ordering::Relaxed),
             queued: inner.store.waiting().0 as u64,
             store_errors: health.failed_commits,
+            dropped_episodes: health.dropped,
             store_bytes: folder_bytes(inner.store.dir()),
             base: inner.base.as_ref().map(|b| b.name.clone()).or_else(|| {
                 let dir = inner.registry.base_dir(None).ok()??;

@@ -29,8 +29,11 @@ pub struct Options {
     pub no_learning: bool,
     /// Load no model: recording and reading only.
     pub no_model: bool,
-    /// Recording stops with a clear error when the store is larger; 0 = no limit.
+    /// Largest size of the database, models not counted; 0 = no limit. There recording stops with a clear error, unless the oldest
+    /// may go.
     pub max_disk_bytes: u64,
+    /// At that limit the oldest episodes that have ended are dropped, so that recording goes on.
+    pub drop_oldest: bool,
     /// Bytes for KV caches kept for prefix reuse; 0 = the default limit.
     pub max_cache_bytes: usize,
     /// Numbers in which models in service keep their weights.
@@ -368,6 +371,8 @@ pub struct Stats {
     pub busy: u64,
     pub queued: u64,
     pub store_errors: u64,
+    /// Episodes dropped because the store was at its size limit, since it was opened here.
+    pub dropped_episodes: u64,
     pub store_bytes: u64,
     pub base: Option<String>,
     pub current: Option<String>,

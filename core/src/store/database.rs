@@ -14,9 +14,9 @@ pub const DATABASE: &str = "locum.db";
 /// `PRAGMA application_id` of a store: "LOCU".
 const APPLICATION_ID: i64 = 0x4C4F_4355;
 /// Bytes of a database page; `max_disk_bytes` is counted in these.
-const PAGE_BYTES: u64 = 4096;
+pub const PAGE_BYTES: u64 = 4096;
 /// Pages in the write-ahead log after which a commit checkpoints by itself; before that it is done when idle.
-const CHECKPOINT_PAGES: u32 = 8192;
+const CHECKPOINT_PAGES: u64 = 8192;
 
 /// Numbered migrations; the schema of a file is the number of the last one applied.
 const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("schema_2.sql")];
@@ -87,8 +87,15 @@ pub fn open_writer(dir: &Path, options: &StoreOptions) -> Result<Connection, Sto
     let mut connection = connect(&path, OpenFlags::SQLITE_OPEN_READ_WRITE, options)?;
     migrate(&mut connection, &path)?;
     let prepare = |sql: &str| connection.execute_batch(sql).map_err(|e| explain(&path, e));
+    let checkpoint_pages = match options.max_disk_bytes / PAGE_BYTES / 8 {
+        0 if options.max_disk_bytes == 0 => CHECKPOINT_PAGES,
+        share => share.clamp(16, CHECKPOINT_PAGES),
+    };
+    // What a log once grew to is given back, or it would count against the limit for ever.
     prepare(&format!(
-        "PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}; PRAGMA secure_delete=ON;"
+        "PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint={checkpoint_pages}; PRAGMA secure_delete=ON;
+         PRAGMA journal_size_limit={};",
+        checkpoint_pages * PAGE_BYTES
     ))?;
     if options.max_disk_bytes > 0 {
         prepare(&format!(

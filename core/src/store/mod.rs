@@ -60,8 +60,11 @@ const MAX_IDLE_READERS: usize = 4;
 pub struct StoreOptions {
     /// Only read: no writer thread, no session, and the file must be there.
     pub read_only: bool,
-    /// Largest size of the database file; 0 sets none. Above it recording is held up as by a full disk.
+    /// Largest size of the database file; 0 sets none. Its log adds an eighth of that, or 32 MiB if that is less.
+    /// At the limit recording is held up as by a full disk, unless the oldest may go.
     pub max_disk_bytes: u64,
+    /// At that limit the episodes that ended and came first are dropped, as many as are needed to go on.
+    pub drop_oldest: bool,
     /// How long a commit waits for another process's commit.
     pub busy_timeout_ms: u64,
     /// Records waiting for the writer before `record` answers [`StoreError::Busy`].
@@ -77,6 +80,7 @@ impl Default for StoreOptions {
         Self {
             read_only: false,
             max_disk_bytes: 0,
+            drop_oldest: false,
             // Commits take milliseconds; five seconds is another process that hangs.
             busy_timeout_ms: 5000,
             max_queued_records: MAX_QUEUED_RECORDS,
@@ -329,6 +333,10 @@ impl Store {
                 let writer = Writer {
                     db,
                     path,
+                    max_pages: match options.drop_oldest {
+                        true => options.max_disk_bytes / database::PAGE_BYTES,
+                        false => 0,
+                    },
                     session,
                     receiver,
                     load,

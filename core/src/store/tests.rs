@@ -1,6 +1,7 @@
 //! The store at its door: exact round trips, full queues and disks, killed processes, several of them at once.
 
-#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+mod limits;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod quiet;
 
 use std::path::Path;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use rusqlite::{params, Connection, ErrorCode};
 
-use super::database::explain;
+use super::database::{explain, PAGE_BYTES};
 use super::redaction::{self, Cleaned, Redact};
 use super::rows::{self, Tally};
 use super::sessions::{self, Session};
@@ -79,6 +79,8 @@ pub struct Health {
     pub failed_commits: u64,
     /// Records that do not fit what is stored (a step twice, an unknown episode); their episodes are marked incomplete.
     pub refused: u64,
+    /// Episodes dropped because the store was at its size limit.
+    pub dropped: u64,
     /// Sentence of the last refusal.
     pub last_refusal: Option<String>,
     /// Sentence of the failure that holds the queue up now; `None` while writing works.
@@ -89,6 +91,8 @@ pub struct Health {
 pub struct Writer {
     pub db: Connection,
     pub path: PathBuf,
+    /// Pages of the database at which the oldest episodes go; 0 = never.
+    pub max_pages: u64,
     pub session: Session,
     pub receiver: Receiver<Command>,
     pub load: Arc<Load>,
@@ -102,6 +106,7 @@ impl Writer {
         let Self {
             db,
             path,
+            max_pages,
             session,
             receiver,
             load,
@@ -111,6 +116,7 @@ impl Writer {
         let mut work = Work {
             statements: Statements::new(&db),
             path: &path,
+            max_pages,
             session: session.number,
             receiver: &receiver,
             load: &load,
@@ -141,6 +147,7 @@ impl Writer {
 struct Work<'c> {
     statements: Statements<'c>,
     path: &'c Path,
+    max_pages: u64,
     session: i64,
     receiver: &'c Receiver<Command>,
     load: &'c Load,
@@ -282,7 +289,12 @@ impl Work<'_> {
     fn write(&mut self) -> Result<(), StoreError> {
         while !self.pending.is_empty() {
             let n = self.pending.len().min(GROUP);
-            match self.commit(n) {
+            let mut done = self.commit(n);
+            let bytes: usize = self.pending[..n].iter().map(|cleaned| cleaned.bytes).sum();
+            while done.as_ref().is_err_and(is_full) && self.make_room(bytes) {
+                done = self.commit(n);
+            }
+            match done {
                 Ok(refusals) => {
                     let bytes = self.pending.drain(..n).map(|cleaned| cleaned.bytes).sum();
                     self.load.records.fetch_sub(n, Ordering::Relaxed);
@@ -344,6 +356,55 @@ impl Work<'_> {
         written
     }
 
+    /// Drops a part of the oldest episodes that have ended, if so many bytes more would bring the store to its own limit. True if
+    /// that was so and some went.
+    fn make_room(&self, bytes: usize) -> bool {
+        let count = |sql| {
+            let count = self.statements.first(sql, [], |row| row.get::<_, i64>(0));
+            count.ok().flatten().unwrap_or(0) as u64
+        };
+        let used = count("PRAGMA page_count").saturating_sub(count("PRAGMA freelist_count"));
+        // Rows fill their pages by half at the worst, and a tenth more is for the trees above them.
+        let wanted = 2 * bytes as u64 / PAGE_BYTES + self.max_pages / 10;
+        // A disk that others have filled is no reason to forget anything.
+        if self.max_pages == 0 || used + wanted < self.max_pages {
+            return false;
+        }
+        match self.drop_oldest(count("SELECT count(*) FROM episodes WHERE closed=1").div_ceil(16)) {
+            Ok(dropped) => {
+                tracing::warn!(
+                    dropped,
+                    "the oldest episodes went: the store is at its size limit"
+                );
+                self.health().dropped += dropped;
+                dropped > 0
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no room could be made");
+                false
+            }
+        }
+    }
+
+    fn drop_oldest(&self, n: u64) -> rusqlite::Result<u64> {
+        let db = &self.statements;
+        db.execute("BEGIN IMMEDIATE", [])?;
+        let sql = "SELECT episode FROM episodes WHERE closed=1 ORDER BY episode LIMIT ?1";
+        let dropped = db
+            .all(sql, [n as i64], |row| row.get(0))
+            .and_then(|oldest: Vec<i64>| {
+                for episode in &oldest {
+                    rows::delete_episode(db, *episode)?;
+                }
+                db.execute("COMMIT", [])?;
+                Ok(oldest.len() as u64)
+            });
+        if dropped.is_err() && !db.db().is_autocommit() {
+            db.execute("ROLLBACK", [])?;
+        }
+        dropped
+    }
+
     /// Where tests make the database fail.
     fn fault(&self, operation: &'static str) -> rusqlite::Result<()> {
         faults::check(operation, self.path).map_err(said_by_the_disk)
@@ -390,12 +451,20 @@ impl Work<'_> {
         let insert = "INSERT INTO documents (kind, id, value, updated_at_ms) VALUES (?1, ?2, ?3, ?4)
              ON CONFLICT (kind, id) DO UPDATE SET value=excluded.value, updated_at_ms=excluded.updated_at_ms";
         let delete = "DELETE FROM documents WHERE kind=?1 AND id=?2";
-        let done = self.fault("put").and_then(|()| match value {
-            Some(value) => self
-                .statements
-                .execute(insert, params![table.name(), id, value, now_ms() as i64]),
-            None => self.statements.execute(delete, params![table.name(), id]),
-        });
+        let write = || {
+            self.fault("put")?;
+            match value {
+                Some(value) => {
+                    let values = params![table.name(), id, value, now_ms() as i64];
+                    self.statements.execute(insert, values)
+                }
+                None => self.statements.execute(delete, params![table.name(), id]),
+            }
+        };
+        let mut done = write();
+        while done.as_ref().is_err_and(is_full) && self.make_room(value.map_or(0, str::len)) {
+            done = write();
+        }
         let _ = faults::check("after put", self.path);
         let done = done.map(|_| ()).map_err(|error| explain(self.path, error));
         match &done {
@@ -484,6 +553,10 @@ impl Work<'_> {
             .map(|_| ())
             .map_err(|error| explain(self.path, error))
     }
+}
+
+fn is_full(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(ErrorCode::DiskFull)
 }
 
 /// An error of a fault point, as SQLite would have told it.

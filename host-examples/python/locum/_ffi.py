@@ -15,7 +15,7 @@ from ._types import LibraryNotFound, LocumError, error_class
 ABI_MAJOR, ABI_MINOR = 0, 1
 
 OK, PENDING, EMPTY, TEACHER = 0, 1, 2, 3
-OPEN_READ_ONLY, OPEN_NO_LEARNING, OPEN_NO_MODEL, OPEN_NO_DEVICE = 1, 2, 4, 8
+OPEN_READ_ONLY, OPEN_NO_LEARNING, OPEN_NO_MODEL, OPEN_NO_DEVICE, OPEN_DROP_OLDEST = 1, 2, 4, 8, 16
 STEP_IS_ERROR = 1
 ACTORS = {"unknown": 0, "teacher": 1, "student": 2, "human": 3, "script": 4}
 OUTCOMES = {"unknown": 0, "success": 1, "failure": 2, "partial": 3, "aborted": 4}

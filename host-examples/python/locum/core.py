@@ -52,6 +52,8 @@ class Locum:
       "-email,-entropy" (key, private_key, jwt, bearer, password, card, email, entropy). Another word raises `ArgumentError`.
     - `learn`: False records and serves but starts no distillation in this process; `load_model`: False only records;
       `read_only` only looks.
+    - `max_disk_bytes`: largest size of the database, 0 for none; there recording is refused, or with `drop_oldest` the oldest episodes
+      that have ended are dropped and it goes on.
     - `library`: the shared library; None to find it (see `locum.find_library`).
     - `device_library`: liblocum_cuda.so; None for the one beside the library, if any. `max_device_bytes` of the card's memory: 0 for three
       quarters of what is free. `device=False` computes on the processor. A card that cannot be used is no error: `stats` says why.
@@ -75,6 +77,7 @@ class Locum:
         learn: bool = True,
         load_model: bool = True,
         read_only: bool = False,
+        drop_oldest: bool = False,
         library: PathLike | None = None,
         device: bool = True,
         device_library: PathLike | None = None,
@@ -85,7 +88,8 @@ class Locum:
             "flags": (_ffi.OPEN_READ_ONLY if read_only else 0)
             | (0 if learn else _ffi.OPEN_NO_LEARNING)
             | (0 if load_model else _ffi.OPEN_NO_MODEL)
-            | (0 if device else _ffi.OPEN_NO_DEVICE),
+            | (0 if device else _ffi.OPEN_NO_DEVICE)
+            | (_ffi.OPEN_DROP_OLDEST if drop_oldest else 0),
             "store_dir": os.fsencode(self.store),
             "policy_path": os.fsencode(policy) if policy else b"",
             "base_model_dir": os.fsencode(base_model) if base_model else b"",

@@ -224,3 +224,71 @@ fn once(grounds: &std::path::Path, kind: Kind, fault: Option<(&str, u64, Act)>, 
     }
     said
 }
+
+#[test]
+fn the_verifier_notices_what_is_missing_or_other_than_it_was_told() {
+    let grounds = grounds();
+    let folder = tempfile::tempdir().unwrap();
+    let told = folder.path().join("told");
+    copy(&grounds.store, &told);
+    let birth = Birth {
+        store: &told,
+        life: 1,
+        kind: Kind::Learner,
+        fault: None,
+        env: Vec::new(),
+    };
+    let mut said = birth.run();
+    verify(&told, &[&said], "as it was told");
+    let weights = crate::registry::Registry::open(&told).unwrap();
+    let weights = weights
+        .student_dir(&weights.list().unwrap()[0].id)
+        .join("model.safetensors");
+    let weights = weights.strip_prefix(&told).unwrap();
+    let of_life = "episode=(SELECT max(episode) FROM episodes)";
+    let sql = |what: &str| format!("{what} WHERE {of_life}");
+    let tampered: Vec<(&str, Box<dyn Fn(&std::path::Path)>)> = vec![
+        (
+            "a step is gone",
+            Box::new(|s| run(s, &sql("DELETE FROM steps"))),
+        ),
+        (
+            "a word is another",
+            Box::new(|s| run(s, &sql("UPDATE steps SET message='no'"))),
+        ),
+        (
+            "an end is forgotten",
+            Box::new(|s| run(s, &sql("UPDATE episodes SET incomplete=1"))),
+        ),
+        (
+            "an episode is gone",
+            Box::new(|s| run(s, &sql("DELETE FROM episodes"))),
+        ),
+        ("a weight is another", Box::new(|s| flip(&s.join(weights)))),
+    ];
+    for (what, tamper) in &tampered {
+        let store = folder.path().join(what);
+        copy(&told, &store);
+        tamper(&store);
+        let noticed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            verify(&store, &[&said], what)
+        }));
+        assert!(noticed.is_err(), "it was not noticed that {what}");
+    }
+    said.current = Some(77);
+    let noticed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        verify(&told, &[&said], "another student was confirmed")
+    }));
+    assert!(noticed.is_err());
+}
+
+fn run(store: &std::path::Path, sql: &str) {
+    let db = rusqlite::Connection::open(store.join(crate::store::DATABASE)).unwrap();
+    assert!(db.execute(sql, []).unwrap() > 0, "{sql}");
+}
+
+fn flip(path: &std::path::Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
