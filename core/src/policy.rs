@@ -49,6 +49,20 @@ pub trait Policy: Send + Sync {
     fn rules_fast_weights(&self) -> bool {
         false
     }
+    /// What becomes of a stored episode, asked once a day of each that has ended? Fail-safe: it is kept.
+    fn retain(&self, _: &RetainInfo) -> Retain {
+        Retain::Keep
+    }
+    /// Whether `retain` is to be asked, which reads every episode.
+    fn rules_retention(&self) -> bool {
+        false
+    }
+    /// Told what has happened, after the fact and on a thread of Locum's. May note it, and change nothing.
+    fn on_event(&self, _: &EventInfo) {}
+    /// Hooks that have failed too often and are off until the policy is loaded again.
+    fn switched_off(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
     /// Counters of the hooks, for `stats`.
     fn stats(&self) -> Vec<HookStats> {
         Vec::new()
@@ -516,6 +530,49 @@ impl FastVerdict {
             ..Self::as_trained()
         }
     }
+}
+
+/// Argument of `retain`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RetainInfo {
+    pub id: String,
+    pub task: String,
+    pub domain: String,
+    pub scope: String,
+    pub source_format: String,
+    /// `success`, `partial`, `failure`, `aborted` or `unknown`.
+    pub status: String,
+    pub tags: Vec<String>,
+    /// Since it began, or was imported.
+    pub age_days: f64,
+    pub steps: u32,
+    /// Of the episode as JSON.
+    pub bytes: u64,
+    pub incomplete: bool,
+    /// A student learned from it.
+    pub learned: bool,
+}
+
+/// What becomes of an episode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Retain {
+    Keep,
+    /// It is erased, as by a call of the host's.
+    Drop,
+    /// Session, source, extra fields, tokens and the words of its outcome are erased; what was said and done stays.
+    Anonymise,
+}
+
+/// Argument of `on_event`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EventInfo {
+    /// `job_state`, `student_swapped`, `rolled_back`, `store_trouble`, `policy_loaded`, `fault`, `fast_weights`, `forgotten` or `hook_off`.
+    pub kind: String,
+    /// Job number or student version, by kind.
+    pub subject: u64,
+    pub number: i64,
+    pub detail: serde_json::Value,
 }
 
 /// How often a hook ran and failed, and how long it took.

@@ -121,7 +121,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Rollback => students::rollback(&place, &out),
         Command::Forget(args) => forget::forget(args, &place, &out),
         Command::Lineage(args) => forget::lineage(args, &place, &out),
-        Command::Policy(command) => policy::run(command, &out),
+        Command::Policy(command) => policy::run(command, &place, &out),
         Command::Bench(args) => bench::run(args, &place, &out),
         Command::Report(report) => report::run(report, &place, &out),
     };

@@ -220,7 +220,11 @@ pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), ChatError> {
         source,
     };
     let temporary = path.with_extension("partial");
-    let mut file = fs::File::create(&temporary).map_err(fail)?;
+    let mut new = fs::OpenOptions::new();
+    new.write(true).create(true).truncate(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut new, 0o600);
+    let mut file = new.open(&temporary).map_err(fail)?;
     file.write_all(bytes)
         .and_then(|()| file.sync_all())
         .map_err(fail)?;

@@ -30,7 +30,7 @@ const PROGRESS: Duration = Duration::from_millis(500);
 /// The running job's thread and flag.
 #[derive(Default)]
 pub(super) struct Jobs {
-    running: Option<Running>,
+    pub running: Option<Running>,
     /// Newest status of the running job, ahead of what is stored.
     status: Option<JobStatus>,
     /// There while the caller has paused the running job.
@@ -39,7 +39,7 @@ pub(super) struct Jobs {
     resumed: bool,
 }
 
-struct Running {
+pub(super) struct Running {
     job: u64,
     stop: Arc<AtomicBool>,
     /// Set when the caller wants the job gone, not merely paused by a close.
@@ -70,10 +70,12 @@ pub(super) fn keep(inner: Weak<Inner>) {
         let waiting = inner.settle_shadows();
         inner.judge_trial();
         inner.reap_job();
+        inner.tell_policy();
         let rest = if nudged { NUDGED_REST } else { SCHEDULE_TICK };
         if last_schedule.is_none_or(|at| at.elapsed() >= rest) {
             last_schedule = Some(Instant::now());
             nudged = false;
+            inner.maybe_retain();
             inner.maybe_start();
         }
         let lock = inner.wake.0.lock().unwrap_or_else(|e| e.into_inner());

@@ -141,7 +141,12 @@ pub fn write_safetensors(
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     let temporary = path.with_extension("tmp");
     let write = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
+        let mut new = fs::OpenOptions::new();
+        new.write(true).create(true).truncate(true);
+        // Weights and lists of a store are its user's alone.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut new, 0o600);
+        let mut file = new.open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)?;
