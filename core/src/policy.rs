@@ -110,6 +110,9 @@ pub struct ServeSettings {
 pub struct CurateSettings {
     /// Most kept episodes of one task id.
     pub max_per_task: usize,
+    /// Most kept episodes with the same words and actions, whatever their tasks are called: what one source says again and again
+    /// teaches by its number, not by its share.
+    pub max_copies: usize,
     /// Share of task groups held out, by a hash of the group.
     pub held_out: f64,
     /// Episodes whose action sequences are this similar (Jaccard index of call trigrams with their task) are near-duplicates.
@@ -136,6 +139,7 @@ impl Default for CurateSettings {
     fn default() -> Self {
         Self {
             max_per_task: 3,
+            max_copies: 50,
             held_out: 0.1,
             near_duplicate: 0.95,
             mask_loops: true,

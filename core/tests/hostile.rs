@@ -156,7 +156,9 @@ fn cases(what: &str, each: usize, mut case: impl FnMut(&mut Dice)) {
     for i in 0..n as u64 {
         let seed = first.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(i);
         let mut dice = Dice(seed.wrapping_mul(2) | 1);
-        (0..4).for_each(|_| drop(dice.next()));
+        for _ in 0..4 {
+            dice.next();
+        }
         let begin = Instant::now();
         let done = catch_unwind(AssertUnwindSafe(|| case(&mut dice)));
         let took = begin.elapsed();

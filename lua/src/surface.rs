@@ -427,6 +427,11 @@ pub const RECORDS: &[Record] = &[
         doc: "Rules of curation that need no code.",
         fields: &[
             ("max_per_task", "number?", ""),
+            (
+                "max_copies",
+                "number?",
+                "most kept episodes with the same words and actions",
+            ),
             ("held_out", "number?", "share of task groups"),
             (
                 "near_duplicate",
@@ -587,7 +592,10 @@ pub fn types_lua() -> String {
         "\n---What a policy file returns. Every field may be left out.\n---@class locum.Policy\n";
     out += "---@field view? locum.View\n---@field settings? locum.Settings\n---@field selftest? fun(): boolean?\n";
     for s in SIGNATURES {
-        let returns: Vec<String> = s.returns.split(", ").map(luals_union).collect();
+        let returns: Vec<String> = match s.returns {
+            "" => vec!["nil".into()],
+            some => some.split(", ").map(luals_union).collect(),
+        };
         out += &format!(
             "---@field {}? fun({}: locum.{}): {} {}\n",
             s.hook.name(),

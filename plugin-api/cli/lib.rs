@@ -25,6 +25,7 @@ use std::sync::Arc;
 use clap::{Parser, Subcommand};
 use locum_core::locum::{Locum, Options};
 use locum_core::policy::Policy;
+use locum_core::secrets::Detect;
 use locum_core::store::{Store, StoreOptions};
 use serde_json::json;
 
@@ -157,8 +158,12 @@ impl Place {
     }
 
     /// The store for recording; made if absent.
-    pub fn write(&self) -> Result<Store, Fail> {
-        Ok(Store::open(&self.dir, StoreOptions::default())?)
+    pub fn write(&self, detect: Detect) -> Result<Store, Fail> {
+        let options = StoreOptions {
+            detect,
+            ..StoreOptions::default()
+        };
+        Ok(Store::open(&self.dir, options)?)
     }
 
     /// The whole of Locum over an existing store.

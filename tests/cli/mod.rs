@@ -6,6 +6,7 @@ mod eval;
 mod journey;
 mod pause;
 mod refusals;
+mod trust;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

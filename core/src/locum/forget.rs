@@ -174,7 +174,7 @@ impl Inner {
         }
         locum.distil_cancel(job)?;
         let begun = Instant::now();
-        while self.job_record(job)?.status.state.is_running() {
+        while self.status_of(job)?.state.is_running() {
             if begun.elapsed() > JOB_PATIENCE {
                 return Err(Error::Busy(format!(
                     "job {job} is learning from it and has not stopped yet; try again"

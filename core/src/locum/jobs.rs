@@ -209,7 +209,7 @@ impl Inner {
             })
     }
 
-    fn status_of(&self, job: u64) -> Result<JobStatus, Error> {
+    pub(super) fn status_of(&self, job: u64) -> Result<JobStatus, Error> {
         {
             let jobs = self.jobs.lock().unwrap_or_else(|e| e.into_inner());
             if let (Some(running), Some(status)) = (&jobs.running, &jobs.status) {
@@ -372,6 +372,15 @@ impl Inner {
     fn start_alone(self: &Arc<Self>, options: DistilOptions) -> Result<u64, Error> {
         if self.base.is_none() {
             return Err(Error::NoModel);
+        }
+        // A job that has told its end, and whose thread has not come to it yet, is over.
+        let over = {
+            let jobs = self.jobs.lock().unwrap_or_else(|e| e.into_inner());
+            let told = jobs.status.as_ref();
+            jobs.running.is_some() && told.is_some_and(|s| !s.state.is_running())
+        };
+        if over {
+            self.join_job();
         }
         self.reap_job();
         if self
