@@ -296,9 +296,9 @@ pub fn note_redactions(db: &Statements, episode: i64, names: &[String]) -> rusql
     Ok(())
 }
 
-/// True if something was taken out of an episode.
+/// True if something was taken out of an episode that is being recorded (what an import brings whole is as its file says).
 pub fn is_redacted(db: &Statements, episode: i64) -> rusqlite::Result<bool> {
-    let sql = "SELECT 1 FROM episodes WHERE episode=?1 AND redactions IS NOT NULL";
+    let sql = "SELECT 1 FROM episodes WHERE episode=?1 AND source_format='live' AND redactions IS NOT NULL";
     Ok(db.first(sql, [episode], |_| Ok(()))?.is_some())
 }
 
