@@ -73,7 +73,7 @@ fn a_replay_gives_the_same_digest_twice_and_names_what_changed() {
     assert_eq!(replayed["state_dependent"], 0);
     let again = world.json(&["policy", "replay", &new]);
     assert_eq!(again["digest"], replayed["digest"]);
-    let remembers = policy("remembers.lua", "local n = 0\nreturn { decide = function() n += 1 return n % 2 == 0 and 'student' or 'teacher' end }");
+    let remembers = policy("remembers.lua", "local n = 0\nreturn { decide = function() n += 1 return n <= 10 and 'student' or 'teacher' end }");
     let caught = world.json(&["policy", "replay", &remembers]);
     assert!(caught["state_dependent"].as_u64().unwrap() > 0, "{caught}");
 }
