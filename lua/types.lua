@@ -140,6 +140,28 @@
 ---@field loss? number mean negative log-likelihood of the chunk just read
 ---@field loss_before? number the same of the chunks before it
 
+---Argument of retain.
+---@class locum.Stored
+---@field id string
+---@field task string task id
+---@field domain string
+---@field scope string empty for episodes without one
+---@field source_format string live for recorded episodes
+---@field status string success, partial, failure, aborted or unknown
+---@field tags string[]
+---@field age_days number since it began or was imported
+---@field steps number
+---@field bytes number of the episode as JSON
+---@field incomplete boolean a step was lost
+---@field learned boolean a student learned from it
+
+---Argument of on_event.
+---@class locum.Event
+---@field kind string job_state, student_swapped, rolled_back, store_trouble, policy_loaded, fault, fast_weights, forgotten or hook_off
+---@field subject number job number or student version, by kind
+---@field number number
+---@field detail any as parsed from JSON; null is absent
+
 ---What decide and accept may return instead of two strings.
 ---@class locum.Choice
 ---@field who string "student" ("keep") or "teacher"
@@ -210,6 +232,7 @@
 ---Rules of curation that need no code.
 ---@class locum.CurateSettings
 ---@field max_per_task? number
+---@field max_copies? number most kept episodes with the same words and actions
 ---@field held_out? number share of task groups
 ---@field near_duplicate? number similarity from which an episode is a duplicate
 ---@field mask_loops? boolean
@@ -261,6 +284,8 @@
 ---@field gate? fun(report: locum.Candidate): string, string? A word on a candidate.
 ---@field rollback? fun(live: locum.Live): boolean?, string? Take the promoted student back?
 ---@field fast_weights? fun(fast: locum.Fast): boolean?|locum.Learn?, string? How does the student go on learning while it reads?
+---@field retain? fun(episode: locum.Stored): string What becomes of a stored episode: keep, drop or anonymise?
+---@field on_event? fun(event: locum.Event): nil Something has happened.
 
 ---@class locum
 locum = {}

@@ -29,6 +29,7 @@ pub mod generate;
 pub mod gate;
 pub mod registry;
 pub mod evaluate;
+pub mod replay;
 pub mod report;
 pub mod error;
 pub mod distil;

@@ -49,6 +49,20 @@ pub trait Policy: Send + Sync {
     fn rules_fast_weights(&self) -> bool {
         false
     }
+    /// What becomes of a stored episode, asked once a day of each that has ended? Fail-safe: it is kept.
+    fn retain(&self, _: &RetainInfo) -> Retain {
+        Retain::Keep
+    }
+    /// Whether `retain` is to be asked, which reads every episode.
+    fn rules_retention(&self) -> bool {
+        false
+    }
+    /// Told what has happened, after the fact and on a thread of Locum's. May note it, and change nothing.
+    fn on_event(&self, _: &EventInfo) {}
+    /// Hooks that have failed too often and are off until the policy is loaded again.
+    fn switched_off(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
     /// Counters of the hooks, for `stats`.
     fn stats(&self) -> Vec<HookStats> {
         Vec::new()
@@ -96,6 +110,9 @@ pub struct ServeSettings {
 pub struct CurateSettings {
     /// Most kept episodes of one task id.
     pub max_per_task: usize,
+    /// Most kept episodes with the same words and actions, whatever their tasks are called: what one source says again and again
+    /// teaches by its number, not by its share.
+    pub max_copies: usize,
     /// Share of task groups held out, by a hash of the group.
     pub held_out: f64,
     /// Episodes whose action sequences are this similar (Jaccard index of call trigrams with their task) are near-duplicates.
@@ -122,6 +139,7 @@ impl Default for CurateSettings {
     fn default() -> Self {
         Self {
             max_per_task: 3,
+            max_copies: 50,
             held_out: 0.1,
             near_duplicate: 0.95,
             mask_loops: true,
@@ -516,6 +534,49 @@ impl FastVerdict {
             ..Self::as_trained()
         }
     }
+}
+
+/// Argument of `retain`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RetainInfo {
+    pub id: String,
+    pub task: String,
+    pub domain: String,
+    pub scope: String,
+    pub source_format: String,
+    /// `success`, `partial`, `failure`, `aborted` or `unknown`.
+    pub status: String,
+    pub tags: Vec<String>,
+    /// Since it began, or was imported.
+    pub age_days: f64,
+    pub steps: u32,
+    /// Of the episode as JSON.
+    pub bytes: u64,
+    pub incomplete: bool,
+    /// A student learned from it.
+    pub learned: bool,
+}
+
+/// What becomes of an episode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Retain {
+    Keep,
+    /// It is erased, as by a call of the host's.
+    Drop,
+    /// Session, source, extra fields, tokens and the words of its outcome are erased; what was said and done stays.
+    Anonymise,
+}
+
+/// Argument of `on_event`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EventInfo {
+    /// `job_state`, `student_swapped`, `rolled_back`, `store_trouble`, `policy_loaded`, `fault`, `fast_weights`, `forgotten` or `hook_off`.
+    pub kind: String,
+    /// Job number or student version, by kind.
+    pub subject: u64,
+    pub number: i64,
+    pub detail: serde_json::Value,
 }
 
 /// How often a hook ran and failed, and how long it took.

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use locum_core::policy::{
-    DatasetInfo, EpisodeInfo, FastInfo, GateInfo, LiveInfo, RedactInfo, ReplyInfo, StepInfo,
-    StepLine, StudentInfo, ToolInfo, WorldInfo,
+    DatasetInfo, EpisodeInfo, EventInfo, FastInfo, GateInfo, LiveInfo, RedactInfo, ReplyInfo,
+    RetainInfo, StepInfo, StepLine, StudentInfo, ToolInfo, WorldInfo,
 };
 use mlua::Table;
 use serde::Serialize;
@@ -303,6 +303,29 @@ fn sample(state: &Sandbox, hook: Hook) -> Result<Table, Failure> {
                 loss_before: Some(1.3),
             },
         ),
+        Hook::Retain => convert::argument(
+            lua,
+            &RetainInfo {
+                id: "00000000-sample".into(),
+                task,
+                domain,
+                source_format: "live".into(),
+                status: "success".into(),
+                age_days: 40.0,
+                steps: 12,
+                bytes: 24_000,
+                ..Default::default()
+            },
+        ),
+        Hook::OnEvent => convert::argument(
+            lua,
+            &EventInfo {
+                kind: "student_swapped".into(),
+                subject: student.version,
+                detail: serde_json::json!({"why": "sample"}),
+                ..Default::default()
+            },
+        ),
     }
 }
 
@@ -331,6 +354,8 @@ fn answer_of(hook: Hook, values: Returned) -> Result<String, Failure> {
                 format!("{back}: {why}")
             }),
         Hook::FastWeights => shown(&values.fast_weights()?),
+        Hook::Retain => format!("{:?}", values.retain()?),
+        Hook::OnEvent => "noted".into(),
     })
 }
 

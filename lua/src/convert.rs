@@ -4,7 +4,7 @@
 
 use locum_core::limits;
 use locum_core::policy::{
-    Allow, Choice, CurateVerdict, FastVerdict, GateVote, LabelVerdict, RecipeKnobs,
+    Allow, Choice, CurateVerdict, FastVerdict, GateVote, LabelVerdict, RecipeKnobs, Retain,
     ScheduleVerdict, Settings, Who,
 };
 use locum_core::view::View;
@@ -482,6 +482,19 @@ impl Returned {
             other => wrong(format!(
                 "the first value must be a boolean or nil, found {}",
                 type_name(other)
+            )),
+        }
+    }
+
+    /// A word.
+    pub fn retain(&self) -> Read<Retain> {
+        match self.get(0) {
+            Value::String(s) if s.as_bytes() == b"keep" => Ok(Retain::Keep),
+            Value::String(s) if s.as_bytes() == b"drop" => Ok(Retain::Drop),
+            Value::String(s) if s.as_bytes() == b"anonymise" => Ok(Retain::Anonymise),
+            other => wrong(format!(
+                "the first value must be \"keep\", \"drop\" or \"anonymise\", found {}",
+                kind(other)
             )),
         }
     }

@@ -29,10 +29,12 @@ pub enum Hook {
     Gate,
     Rollback,
     FastWeights,
+    Retain,
+    OnEvent,
 }
 
 impl Hook {
-    pub const ALL: [Hook; 11] = [
+    pub const ALL: [Hook; 13] = [
         Hook::Decide,
         Hook::Accept,
         Hook::AllowTool,
@@ -44,6 +46,8 @@ impl Hook {
         Hook::Gate,
         Hook::Rollback,
         Hook::FastWeights,
+        Hook::Retain,
+        Hook::OnEvent,
     ];
 
     pub const fn name(self) -> &'static str {
@@ -59,6 +63,8 @@ impl Hook {
             Hook::Gate => "gate",
             Hook::Rollback => "rollback",
             Hook::FastWeights => "fast_weights",
+            Hook::Retain => "retain",
+            Hook::OnEvent => "on_event",
         }
     }
 
@@ -73,7 +79,9 @@ impl Hook {
             }
             Hook::Redact => TimeLimit::cpu_ms(20 + ((bytes as u64 * REDACT_MS_PER_MIB) >> 20)),
             Hook::Label | Hook::Curate => TimeLimit::cpu_ms(20),
-            Hook::Schedule | Hook::Recipe | Hook::Gate => TimeLimit::cpu_ms(5),
+            Hook::Schedule | Hook::Recipe | Hook::Gate | Hook::Retain | Hook::OnEvent => {
+                TimeLimit::cpu_ms(5)
+            }
         }
     }
 

@@ -32,9 +32,10 @@ use std::time::{Duration, Instant};
 
 use locum_core::limits;
 use locum_core::policy::{
-    Allow, Choice, CurateVerdict, DatasetInfo, EpisodeInfo, FastInfo, FastVerdict, GateInfo,
-    GateVote, HookFailed, HookStats, LabelVerdict, LiveInfo, Policy, PolicyId, RecipeKnobs,
-    RedactInfo, ReplyInfo, ScheduleVerdict, Settings, StepInfo, ToolInfo, WorldInfo,
+    Allow, Choice, CurateVerdict, DatasetInfo, EpisodeInfo, EventInfo, FastInfo, FastVerdict,
+    GateInfo, GateVote, HookFailed, HookStats, LabelVerdict, LiveInfo, Policy, PolicyId,
+    RecipeKnobs, RedactInfo, ReplyInfo, Retain, RetainInfo, ScheduleVerdict, Settings, StepInfo,
+    ToolInfo, WorldInfo,
 };
 use locum_core::view::View;
 use serde::Serialize;
@@ -370,6 +371,28 @@ impl Policy for LuaPolicy {
 
     fn rules_fast_weights(&self) -> bool {
         self.has[Hook::FastWeights as usize]
+    }
+
+    fn retain(&self, episode: &RetainInfo) -> Retain {
+        match self.ask(Hook::Retain, episode, 0, |values| values.retain()) {
+            Some(Ok(verdict)) => verdict,
+            Some(Err(_)) | None => Retain::Keep,
+        }
+    }
+
+    fn rules_retention(&self) -> bool {
+        self.has[Hook::Retain as usize]
+    }
+
+    fn on_event(&self, event: &EventInfo) {
+        let _ = self.ask(Hook::OnEvent, event, 0, |_| Ok(()));
+    }
+
+    fn switched_off(&self) -> Vec<&'static str> {
+        let off = Hook::ALL
+            .iter()
+            .filter(|hook| self.meters[**hook as usize].is_off());
+        off.map(|hook| hook.name()).collect()
     }
 
     fn stats(&self) -> Vec<HookStats> {

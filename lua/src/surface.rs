@@ -266,6 +266,42 @@ pub const RECORDS: &[Record] = &[
         ],
     },
     Record {
+        name: "Stored",
+        doc: "Argument of retain.",
+        fields: &[
+            ("id", "string", ""),
+            ("task", "string", "task id"),
+            ("domain", "string", ""),
+            ("scope", "string", "empty for episodes without one"),
+            ("source_format", "string", "live for recorded episodes"),
+            (
+                "status",
+                "string",
+                "success, partial, failure, aborted or unknown",
+            ),
+            ("tags", "{string}", ""),
+            ("age_days", "number", "since it began or was imported"),
+            ("steps", "number", ""),
+            ("bytes", "number", "of the episode as JSON"),
+            ("incomplete", "boolean", "a step was lost"),
+            ("learned", "boolean", "a student learned from it"),
+        ],
+    },
+    Record {
+        name: "Event",
+        doc: "Argument of on_event.",
+        fields: &[
+            (
+                "kind",
+                "string",
+                "job_state, student_swapped, rolled_back, store_trouble, policy_loaded, fault, fast_weights, forgotten or hook_off",
+            ),
+            ("subject", "number", "job number or student version, by kind"),
+            ("number", "number", ""),
+            ("detail", "any", "as parsed from JSON; null is absent"),
+        ],
+    },
+    Record {
         name: "Choice",
         doc: "What decide and accept may return instead of two strings.",
         fields: &[
@@ -391,6 +427,11 @@ pub const RECORDS: &[Record] = &[
         doc: "Rules of curation that need no code.",
         fields: &[
             ("max_per_task", "number?", ""),
+            (
+                "max_copies",
+                "number?",
+                "most kept episodes with the same words and actions",
+            ),
             ("held_out", "number?", "share of task groups"),
             (
                 "near_duplicate",
@@ -519,6 +560,18 @@ pub const SIGNATURES: &[Signature] = &[
         returns: "boolean? | Learn?, string?",
         doc: "How does the student go on learning while it reads?",
     },
+    Signature {
+        hook: Hook::Retain,
+        argument: ("episode", "Stored"),
+        returns: "string",
+        doc: "What becomes of a stored episode: keep, drop or anonymise?",
+    },
+    Signature {
+        hook: Hook::OnEvent,
+        argument: ("event", "Event"),
+        returns: "",
+        doc: "Something has happened.",
+    },
 ];
 
 /// Annotations for LuaLS.
@@ -539,7 +592,10 @@ pub fn types_lua() -> String {
         "\n---What a policy file returns. Every field may be left out.\n---@class locum.Policy\n";
     out += "---@field view? locum.View\n---@field settings? locum.Settings\n---@field selftest? fun(): boolean?\n";
     for s in SIGNATURES {
-        let returns: Vec<String> = s.returns.split(", ").map(luals_union).collect();
+        let returns: Vec<String> = match s.returns {
+            "" => vec!["nil".into()],
+            some => some.split(", ").map(luals_union).collect(),
+        };
         out += &format!(
             "---@field {}? fun({}: locum.{}): {} {}\n",
             s.hook.name(),

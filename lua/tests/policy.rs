@@ -55,6 +55,8 @@ fn a_policy_without_hooks_has_the_documented_defaults() {
     assert_eq!(policy.label(&EpisodeInfo::default()), None);
     assert_eq!(policy.recipe(&DatasetInfo::default()), None);
     assert_eq!(policy.rollback(&LiveInfo::default()), None);
+    assert_eq!(policy.retain(&RetainInfo::default()), Retain::Keep);
+    assert!(!policy.rules_retention() && policy.switched_off().is_empty());
     let fast = policy.fast_weights(&FastInfo::default());
     assert_eq!(fast, FastVerdict::as_trained());
     assert!(!policy.rules_fast_weights());
@@ -239,6 +241,29 @@ fn each_hook_returns_what_the_guide_says() {
     assert_eq!(rollback("return true, 'bad'"), Some((true, "bad".into())));
     assert_eq!(rollback("return nil"), None);
 
+    let old = RetainInfo {
+        age_days: 400.0,
+        ..Default::default()
+    };
+    let retain = |body: &str| with("retain", body).retain(&old);
+    assert_eq!(
+        retain("return x.age_days > 365 and 'drop' or 'keep'"),
+        Retain::Drop
+    );
+    assert_eq!(retain("return 'anonymise'"), Retain::Anonymise);
+    assert_eq!(retain("return 'delete'"), Retain::Keep);
+    assert_eq!(retain("return true"), Retain::Keep);
+    let noted = with(
+        "on_event",
+        "assert(x.kind == 'rolled_back' and x.detail.why == 'bad')",
+    );
+    noted.on_event(&EventInfo {
+        kind: "rolled_back".into(),
+        detail: json!({"why": "bad"}),
+        ..Default::default()
+    });
+    assert_eq!(noted.stats()[0].failures, 0);
+
     let seen = FastInfo {
         drift: 0.08,
         max_drift: Some(0.1),
@@ -327,13 +352,15 @@ fn a_failing_hook_ends_in_the_fail_safe_of_the_trait() {
     ));
     assert_eq!(policy.rollback(&LiveInfo::default()), None);
     assert!(!policy.fast_weights(&FastInfo::default()).on);
+    assert_eq!(policy.retain(&RetainInfo::default()), Retain::Keep);
+    policy.on_event(&EventInfo::default());
     assert!(policy
         .stats()
         .iter()
         .all(|hook| (hook.calls, hook.failures) == (1, 1)));
 }
 
-fn hook_names() -> [&'static str; 11] {
+fn hook_names() -> [&'static str; 13] {
     locum_lua::hooks::Hook::ALL.map(|hook| hook.name())
 }
 

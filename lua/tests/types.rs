@@ -64,6 +64,8 @@ fn the_table_has_the_fields_of_the_real_values() {
         ),
         ("Knobs", fields(&RecipeKnobs::default())),
         ("Fast", fields(&FastInfo::default())),
+        ("Stored", fields(&RetainInfo::default())),
+        ("Event", fields(&EventInfo::default())),
         ("Learn", fields(&FastVerdict::as_trained())),
         (
             "View",

@@ -8,6 +8,7 @@ use locum_core::episode::{EpisodeId, Source, Status, Step};
 use locum_core::formats;
 use locum_core::policy::Policy;
 use locum_core::report::utc;
+use locum_core::secrets::Detect;
 use locum_core::store::{EpisodeSummary, Query, Store};
 use serde_json::{json, Value};
 
@@ -45,6 +46,9 @@ pub enum Command {
         /// Policy whose `redact` sees every text before it is written; the one that Locum ships if not given
         #[arg(long, value_name = "FILE")]
         policy: Option<PathBuf>,
+        /// Secrets that are replaced by a mark: all, none, or kinds to leave out ("-email,-entropy")
+        #[arg(long, default_value = "all", allow_hyphen_values = true)]
+        detectors: Detect,
     },
     /// Write episodes as OpenAI chat JSONL
     Export {
@@ -111,9 +115,11 @@ pub fn run(command: Command, place: &Place, out: &Out) -> Result<(), Fail> {
             files,
             format,
             policy,
+            detectors,
         } => {
             let policy = crate::load_policy(policy.as_deref())?;
-            import(place, &files, format.as_deref(), policy.as_ref(), out)
+            let store = place.write(detectors)?;
+            import(&store, &files, format.as_deref(), policy.as_ref(), out)
         }
         Command::Export {
             filter,
@@ -287,13 +293,12 @@ fn no_episode(id: &str) -> Fail {
 }
 
 fn import(
-    place: &Place,
+    store: &Store,
     files: &[PathBuf],
     format: Option<&str>,
     policy: &dyn Policy,
     out: &Out,
 ) -> Result<(), Fail> {
-    let store = place.write()?;
     let mut total = formats::ImportCounts::default();
     let mut by_file = Vec::new();
     let progress = out.progress();
@@ -303,7 +308,7 @@ fn import(
             &file.display().to_string(),
             "",
         );
-        let counts = formats::import_into(file, format, &store, policy)?;
+        let counts = formats::import_into(file, format, store, policy)?;
         total.episodes += counts.episodes;
         total.steps += counts.steps;
         total.successes += counts.successes;

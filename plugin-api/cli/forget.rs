@@ -39,7 +39,6 @@ pub fn forget(args: Forget, place: &Place, out: &Out) -> Result<(), Fail> {
     };
     if !args.yes {
         let what = match &what {
-            What::Episode(id) => format!("erasing episode {id} cannot be undone"),
             What::Scope(scope) => {
                 let query = Query {
                     scope: Some(scope.clone()),
@@ -48,6 +47,10 @@ pub fn forget(args: Forget, place: &Place, out: &Out) -> Result<(), Fail> {
                 let n = place.read()?.episodes(&query)?.len();
                 format!("erasing the {n} episodes of scope {scope:?} cannot be undone")
             }
+            _ => format!(
+                "erasing episode {} cannot be undone",
+                args.episode.as_deref().unwrap_or_default()
+            ),
         };
         return Err(Fail::NotConfirmed { what });
     }

@@ -28,6 +28,7 @@ use locum_core::device::DeviceOptions;
 use locum_core::locum::{Locum, Options};
 use locum_core::model::WeightFormat;
 use locum_core::policy::Policy;
+use locum_core::secrets::Detect;
 use locum_core::store::{Store, StoreOptions};
 use serde_json::json;
 
@@ -135,7 +136,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Store(command) => store::run(command, &place, &out),
         Command::Forget(args) => forget::forget(args, &place, &out),
         Command::Lineage(args) => forget::lineage(args, &place, &out),
-        Command::Policy(command) => policy::run(command, &out),
+        Command::Policy(command) => policy::run(command, &place, &out),
         Command::Bench(args) => bench::run(args, &place, &out),
         Command::Report(report) => report::run(report, &place, &out),
     };
@@ -175,8 +176,12 @@ impl Place {
     }
 
     /// The store for recording; made if absent.
-    pub fn write(&self) -> Result<Store, Fail> {
-        Ok(Store::open(&self.dir, StoreOptions::default())?)
+    pub fn write(&self, detect: Detect) -> Result<Store, Fail> {
+        let options = StoreOptions {
+            detect,
+            ..StoreOptions::default()
+        };
+        Ok(Store::open(&self.dir, options)?)
     }
 
     /// The whole of Locum over an existing store.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use locum_core::registry::{import_base, list_bases, BaseSummary};
+use locum_core::secrets::Detect;
 use serde_json::json;
 
 use crate::fail::Fail;
@@ -33,7 +34,7 @@ pub fn run(command: Command, place: &Place, out: &Out) -> Result<(), Fail> {
     match command {
         Command::Import { source, name } => {
             // Opening the store first makes its folder private and refuses a foreign one.
-            drop(place.write()?);
+            drop(place.write(Detect::ALL)?);
             out.note(&format!("reading {}", source.display()));
             let base = import_base(&place.dir, &source, name.as_deref())?;
             out.table(&table(std::slice::from_ref(&base)));

@@ -116,11 +116,8 @@ pub fn wait(ms: u32) -> Duration {
 /// # Safety
 /// The strings of `options` are readable.
 unsafe fn core_options(options: &Options) -> Result<CoreOptions, Failure> {
-    let known = OPEN_READ_ONLY
-        | OPEN_NO_LEARNING
-        | OPEN_NO_MODEL
-        | OPEN_NO_DEVICE
-        | OPEN_DROP_OLDEST;
+    let known =
+        OPEN_READ_ONLY | OPEN_NO_LEARNING | OPEN_NO_MODEL | OPEN_NO_DEVICE | OPEN_DROP_OLDEST;
     if options.flags & !known != 0 {
         return Err(Failure::argument(format!(
             "locum_options.flags has unknown bits {:#x}",

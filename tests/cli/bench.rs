@@ -10,6 +10,15 @@ fn every_bench_measures_what_it_names() {
     locum_core::model::write_tiny(&tiny, 5).unwrap();
     let tiny = tiny.to_str().unwrap();
 
+    let decide = world.json(&["bench", "decide", "--model", tiny, "--tokens", "300"]);
+    assert_eq!(decide["decisions"], 300);
+    assert!(
+        decide["training_p99_us"].as_f64().unwrap() > 0.0,
+        "{decide}"
+    );
+    assert!(decide["trained_tokens"].as_u64().unwrap() > 0, "{decide}");
+    assert!(decide["hook"]["calls"].as_u64().unwrap() > 600, "{decide}");
+
     let engine = world.json(&[
         "bench",
         "--model",

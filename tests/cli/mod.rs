@@ -7,6 +7,7 @@ mod journey;
 mod pause;
 mod refusals;
 mod store;
+mod trust;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -26,7 +26,7 @@ fn wrong_usage_exits_with_2_and_help_with_0() {
     assert_eq!(help.code(), 0);
     for command in [
         "doctor", "model", "episodes", "distil", "eval", "students", "promote", "rollback",
-        "policy", "report",
+        "policy", "report", "forget", "lineage",
     ] {
         assert!(
             help.stdout().contains(command),

@@ -29,6 +29,7 @@ pub fn refuse(
 
     let medians = median_lengths(passing, &shapes);
     let mut exact: HashMap<[u8; 32], usize> = HashMap::new();
+    let mut copies: HashMap<[u8; 32], usize> = HashMap::new();
     let mut by_task: HashMap<&(String, String), Vec<usize>> = HashMap::new();
     let mut per_id: HashMap<&str, usize> = HashMap::new();
     for i in order {
@@ -50,6 +51,14 @@ pub fn refuse(
             continue;
         }
         exact.insert(digest(episode, shape), i);
+        // What one source says again and again teaches by its number, whatever task it gives itself out for.
+        let said = copies.entry(content(episode, shape)).or_default();
+        if *said >= settings.max_copies.max(1) {
+            let detail = format!("{said} episodes with the same words and actions are kept");
+            refused.insert(i, (LeftOutReason::TaskCap, detail));
+            continue;
+        }
+        *said += 1;
         if let Some(task) = &shape.task {
             let near = by_task.get(task).and_then(|same| {
                 same.iter()
@@ -109,14 +118,23 @@ fn similarity(a: &Shape, b: &Shape) -> f64 {
     both / ((a.trigrams.len() + b.trigrams.len()) as f64 - both)
 }
 
+/// Of an episode with its task.
 fn digest(episode: &Episode, shape: &Shape) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update((episode.task.id.len() as u64).to_le_bytes());
+    hash.update(episode.task.id.as_bytes());
+    hash.update(content(episode, shape));
+    hash.finalize().into()
+}
+
+/// Of what was said and done in an episode, whatever its task is called.
+fn content(episode: &Episode, shape: &Shape) -> [u8; 32] {
     let mut hash = Sha256::new();
     let mut put = |text: &str| {
         // The length keeps two fields from running into each other.
         hash.update((text.len() as u64).to_le_bytes());
         hash.update(text.as_bytes());
     };
-    put(&episode.task.id);
     put(&episode.task.instruction);
     for action in &shape.actions {
         put(action);

@@ -103,7 +103,7 @@ pub enum LeftOutReason {
     Duplicate,
     /// Nearly the same actions as a kept episode of the same task.
     NearDuplicate,
-    /// Enough shorter successes of the task are kept.
+    /// Enough shorter successes of the task are kept, or enough episodes with the same words and actions under other tasks.
     TaskCap,
     /// Much longer than the successes of its domain.
     TooLong,

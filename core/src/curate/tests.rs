@@ -5,8 +5,12 @@ use super::*;
 use crate::episode::*;
 use crate::policy::{CurateSettings, TeacherFirst};
 
+/// The robot's line is so short that many of its walks are the same.
 fn settings() -> CurateSettings {
-    CurateSettings::default()
+    CurateSettings {
+        max_copies: usize::MAX,
+        ..CurateSettings::default()
+    }
 }
 
 fn ok(number: u64, task: &str) -> Episode {

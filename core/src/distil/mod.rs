@@ -490,13 +490,12 @@ pub fn split_path(store_dir: &Path) -> PathBuf {
 }
 
 fn private_dir(dir: &Path) -> Result<(), Error> {
-    fs::create_dir_all(dir).map_err(|e| Error::Argument(format!("{}: {e}", dir.display())))?;
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
     #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let _ = fs::set_permissions(dir, fs::Permissions::from_mode(0o700));
-    }
-    Ok(())
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    let made = builder.create(dir);
+    made.map_err(|e| Error::Argument(format!("{}: {e}", dir.display())))
 }
 
 /// A document written by `write_json`; `None` if it is absent or not of this kind.

@@ -4,7 +4,7 @@
 
 pub mod faults;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -20,7 +20,12 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("tmp");
     let write = || {
         faults::check("create", path)?;
-        let mut file = File::create(&temporary)?;
+        let mut new = OpenOptions::new();
+        new.write(true).create(true).truncate(true);
+        // What a store holds is its user's alone.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut new, 0o600);
+        let mut file = new.open(&temporary)?;
         match faults::point("write", path)? {
             Fate::Go => file.write_all(bytes)?,
             Fate::Short(then) => {

@@ -175,7 +175,7 @@ pub fn piece_from_message(message: &Value) -> Result<Piece, String> {
         "function" => {
             Err("role `function` is the legacy form of a tool result; use role `tool` with `tool_call_id`".into())
         }
-        other => Err(format!("unknown role {:?}", other.chars().take(32).collect::<String>())),
+        other => Err(format!("unknown role {}", quoted(other))),
     }
 }
 
@@ -637,10 +637,20 @@ pub(super) fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// A value that should have been a short name, cut so that a message cannot carry content.
+/// A text that should have been a word of ours: quoted if it looks like a word, else only measured, so that an error carries no
+/// content into somebody's log.
+fn quoted(text: &str) -> String {
+    let is_word = |b: u8| b.is_ascii_lowercase() || matches!(b, b'_' | b'-');
+    match !text.is_empty() && text.len() <= 16 && text.bytes().all(is_word) {
+        true => format!("{text:?}"),
+        false => format!("of {} bytes", text.len()),
+    }
+}
+
+/// A value that should have been a short name.
 fn short(value: &Value) -> String {
     match value {
-        Value::String(text) => format!("{:?}", text.chars().take(32).collect::<String>()),
+        Value::String(text) => quoted(text),
         other => kind(other).into(),
     }
 }

@@ -49,6 +49,14 @@ fn check_messages(messages: Value) {
     }
 }
 
+/// A store that takes everything as it is: what these tests compare.
+fn exact() -> StoreOptions {
+    StoreOptions {
+        detect: crate::secrets::Detect::NONE,
+        ..StoreOptions::default()
+    }
+}
+
 #[test]
 fn messages_come_back_equal_whatever_they_leave_out() {
     let call = |id: &str, arguments: &str| json!({"id": id, "type": "function", "function": {"name": "f", "arguments": arguments}});
@@ -472,7 +480,7 @@ fn a_bad_run_in_an_array_does_not_hide_the_others() {
 #[test]
 fn equal_runs_are_counted_apart_and_importing_again_adds_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(&folder.path().join("s"), StoreOptions::default()).unwrap();
+    let store = Store::open(&folder.path().join("s"), exact()).unwrap();
     let line = r#"{"messages":[{"role":"user","content":"u"}],"outcome":{"success":false}}"#;
     let file = written(format!("{line}\n{line}\n"));
     let first = import_into(file.path(), None, &store, &TeacherFirst).unwrap();
@@ -502,7 +510,7 @@ fn the_recorded_tau_bench_runs_import_whole_and_export_equal() {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(&folder.path().join("s"), StoreOptions::default()).unwrap();
+    let store = Store::open(&folder.path().join("s"), exact()).unwrap();
     let counts = import_into(&file, None, &store, &TeacherFirst).unwrap();
     // 1616 messages, of which 327 are results of tools.
     assert_eq!(
@@ -567,7 +575,7 @@ fn the_recorded_intercode_runs_import_whole_with_every_turn() {
         return;
     };
     let home = tempfile::tempdir().unwrap();
-    let store = Store::open(&home.path().join("s"), StoreOptions::default()).unwrap();
+    let store = Store::open(&home.path().join("s"), exact()).unwrap();
     for (name, runs, turns, solved, tool) in [
         ("bash_gpt-4_10_turns_fs_2.json", 53, 310, 25, "bash"),
         ("sql_gpt-4_10_turns.sample200.json", 200, 1160, 149, "sql"),

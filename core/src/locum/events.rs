@@ -10,8 +10,13 @@ use super::types::{Event, EventKind};
 /// Events kept for a host that does not drain them; the oldest are dropped and counted.
 const MAX_EVENTS: usize = 4096;
 
+/// Events kept for the policy's `on_event`, which the keeper asks about once a second.
+const MAX_TOLD: usize = 256;
+
 pub(super) struct Events {
     queue: Mutex<(VecDeque<Event>, u64)>,
+    /// What the policy has not been told yet.
+    untold: Mutex<VecDeque<Event>>,
     fd: i32,
 }
 
@@ -24,11 +29,25 @@ impl Events {
         let fd = -1;
         Self {
             queue: Mutex::default(),
+            untold: Mutex::default(),
             fd,
         }
     }
 
     pub(super) fn push(&self, kind: EventKind, subject: u64, number: i64, detail: Value) {
+        if !matches!(kind, EventKind::CallDone | EventKind::JobProgress) {
+            let mut untold = self.untold.lock().unwrap_or_else(|e| e.into_inner());
+            if untold.len() >= MAX_TOLD {
+                untold.pop_front();
+            }
+            let detail = detail.clone();
+            untold.push_back(Event {
+                kind,
+                subject,
+                number,
+                detail,
+            });
+        }
         let mut queue = self.queue.lock().unwrap_or_else(|e| e.into_inner());
         if queue.0.len() >= MAX_EVENTS {
             queue.0.pop_front();
@@ -51,6 +70,11 @@ impl Events {
             self.signal(false);
         }
         event
+    }
+
+    /// What the policy has not been told yet, oldest first.
+    pub(super) fn untold(&self) -> VecDeque<Event> {
+        std::mem::take(&mut *self.untold.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
     pub(super) fn dropped(&self) -> u64 {

@@ -26,6 +26,7 @@ const MAX_JOBS: u64 = 1_000_000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Forget {
     Episode(EpisodeId),
+    Episodes(Vec<EpisodeId>),
     /// Every episode of a scope.
     Scope(String),
 }
@@ -65,6 +66,10 @@ impl Locum {
                 ids: vec![*id],
                 ..Query::default()
             },
+            Forget::Episodes(ids) => Query {
+                ids: ids.clone(),
+                ..Query::default()
+            },
             Forget::Scope(scope) => Query {
                 scope: Some(scope.clone()),
                 ..Query::default()
@@ -80,6 +85,7 @@ impl Locum {
                         what: format!("episode {id}"),
                     })
                 }
+                Forget::Episodes(_) => return Ok(Forgotten::default()),
                 Forget::Scope(scope) => {
                     return Err(Error::NotFound {
                         what: format!("an episode of scope {scope:?}"),
@@ -168,7 +174,7 @@ impl Inner {
         }
         locum.distil_cancel(job)?;
         let begun = Instant::now();
-        while self.job_record(job)?.status.state.is_running() {
+        while self.status_of(job)?.state.is_running() {
             if begun.elapsed() > JOB_PATIENCE {
                 return Err(Error::Busy(format!(
                     "job {job} is learning from it and has not stopped yet; try again"

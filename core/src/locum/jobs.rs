@@ -31,7 +31,7 @@ const PROGRESS: Duration = Duration::from_millis(500);
 /// The running job's thread and flag.
 #[derive(Default)]
 pub(super) struct Jobs {
-    running: Option<Running>,
+    pub running: Option<Running>,
     /// Newest status of the running job, ahead of what is stored.
     status: Option<JobStatus>,
     /// There while the caller has paused the running job.
@@ -40,7 +40,7 @@ pub(super) struct Jobs {
     resumed: bool,
 }
 
-struct Running {
+pub(super) struct Running {
     job: u64,
     stop: Arc<AtomicBool>,
     /// Set when the caller wants the job gone, not merely paused by a close.
@@ -71,10 +71,12 @@ pub(super) fn keep(inner: Weak<Inner>) {
         let waiting = inner.settle_shadows();
         inner.judge_trial();
         inner.reap_job();
+        inner.tell_policy();
         let rest = if nudged { NUDGED_REST } else { SCHEDULE_TICK };
         if last_schedule.is_none_or(|at| at.elapsed() >= rest) {
             last_schedule = Some(Instant::now());
             nudged = false;
+            inner.maybe_retain();
             inner.maybe_start();
         }
         let lock = inner.wake.0.lock().unwrap_or_else(|e| e.into_inner());
@@ -208,7 +210,7 @@ impl Inner {
             })
     }
 
-    fn status_of(&self, job: u64) -> Result<JobStatus, Error> {
+    pub(super) fn status_of(&self, job: u64) -> Result<JobStatus, Error> {
         {
             let jobs = self.jobs.lock().unwrap_or_else(|e| e.into_inner());
             if let (Some(running), Some(status)) = (&jobs.running, &jobs.status) {
@@ -371,6 +373,15 @@ impl Inner {
     fn start_alone(self: &Arc<Self>, options: DistilOptions) -> Result<u64, Error> {
         if self.base.is_none() {
             return Err(Error::NoModel);
+        }
+        // A job that has told its end, and whose thread has not come to it yet, is over.
+        let over = {
+            let jobs = self.jobs.lock().unwrap_or_else(|e| e.into_inner());
+            let told = jobs.status.as_ref();
+            jobs.running.is_some() && told.is_some_and(|s| !s.state.is_running())
+        };
+        if over {
+            self.join_job();
         }
         self.reap_job();
         if self

@@ -8,6 +8,7 @@ mod jobs;
 mod judge;
 mod lineage;
 mod record;
+mod retain;
 mod serve;
 mod show;
 #[cfg(test)]
@@ -29,6 +30,7 @@ pub use check::{check_store, repair_store, StoreCheck};
 pub use forget::{Forget, Forgotten};
 pub use judge::TttOptions;
 pub use lineage::{Ancestor, Learned, Lineage, LineageEpisode};
+pub use retain::Retained;
 pub use serve::Call;
 pub use types::*;
 
@@ -63,6 +65,8 @@ struct Loaded {
     settings: Settings,
     /// The policy's `redact` over a record, for the writer thread. A record keeps the one it was given with, also over a reload.
     redact: Redact,
+    /// Hooks of this load whose switching off was told.
+    told_off: Mutex<Vec<&'static str>>,
 }
 
 impl Loaded {
@@ -76,6 +80,7 @@ impl Loaded {
         Ok(Self {
             id: policy.id(),
             redact,
+            told_off: Mutex::default(),
             view,
             settings: policy.settings(),
             policy,

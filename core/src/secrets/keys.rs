@@ -94,6 +94,15 @@ const PROVIDERS: &[(&str, Of, usize)] = &[
     ("AGE-SECRET-KEY-1", Of::Upper, 40),
 ];
 
+/// Bytes of the shortest word that is a key.
+pub const MIN_KEY: usize = 15;
+const _: () = {
+    let mut i = 0;
+    while i < PROVIDERS.len() {
+        assert!(PROVIDERS[i].0.len() + PROVIDERS[i].2 >= MIN_KEY);
+        i += 1;
+    }
+};
 /// Longest key that is looked at, so that a text made of beginnings costs no more than another.
 const MAX_KEY: usize = 512;
 

@@ -249,7 +249,9 @@ fn scan(bytes: &[u8], detect: Detect, found: &mut Vec<Found>) {
                 digit += 1;
             }
         }
-        if detect.has(Kind::Key) {
+        // No key is shorter, but for those that a dot or a colon divides.
+        let divided = matches!(bytes.get(end), Some(b'.' | b':'));
+        if detect.has(Kind::Key) && (divided || end - at >= keys::MIN_KEY) {
             put(Kind::Key, keys::provider(bytes, at));
         }
         if detect.has(Kind::Jwt) && byte == b'e' {

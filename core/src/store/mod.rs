@@ -498,9 +498,25 @@ impl Store {
     /// As [`flush`](Store::flush); [`StoreError::Locked`] if a reader held on to the old state for seconds: the episodes are gone for
     /// every new reader then, and their bytes go with the next attempt.
     pub fn erase(&self, episodes: &[EpisodeId], timeout: Duration) -> Result<(), StoreError> {
+        self.rewrite(episodes, &[], timeout)
+    }
+
+    /// Erases from episodes what ties them to somebody beside what was said: session, source, extra fields, tokens, the host's words on
+    /// the outcome. Otherwise as [`erase`](Store::erase).
+    pub fn anonymise(&self, episodes: &[EpisodeId], timeout: Duration) -> Result<(), StoreError> {
+        self.rewrite(&[], episodes, timeout)
+    }
+
+    fn rewrite(
+        &self,
+        erase: &[EpisodeId],
+        anonymise: &[EpisodeId],
+        timeout: Duration,
+    ) -> Result<(), StoreError> {
         let (reply, answer) = crossbeam_channel::bounded(1);
         let command = Command::Erase {
-            episodes: episodes.to_vec(),
+            episodes: erase.to_vec(),
+            anonymise: anonymise.to_vec(),
             reply,
         };
         self.door()?.ask(command)?;

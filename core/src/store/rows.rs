@@ -266,6 +266,20 @@ pub fn delete_episode(db: &Statements, episode: i64) -> rusqlite::Result<()> {
     Ok(())
 }
 
+/// Takes away what ties an episode to somebody beside what was said and done.
+pub fn anonymise(db: &Statements, episode: i64) -> rusqlite::Result<()> {
+    for sql in [
+        "UPDATE episodes SET session_id=NULL, source_id=NULL, extra=NULL WHERE episode=?1",
+        "UPDATE steps SET token_ids=NULL, prompt_digest=NULL, extra=NULL WHERE episode=?1",
+        "UPDATE tool_calls SET extra=NULL WHERE episode=?1",
+        "UPDATE observations SET extra=NULL WHERE episode=?1",
+        "UPDATE outcomes SET reason=NULL, extra=NULL WHERE episode=?1",
+    ] {
+        db.execute(sql, [episode])?;
+    }
+    Ok(())
+}
+
 /// Adds to the redactions that changed something in an episode.
 pub fn note_redactions(db: &Statements, episode: i64, names: &[String]) -> rusqlite::Result<()> {
     let sql = "SELECT redactions FROM episodes WHERE episode=?1";
@@ -282,9 +296,9 @@ pub fn note_redactions(db: &Statements, episode: i64, names: &[String]) -> rusql
     Ok(())
 }
 
-/// True if something was taken out of an episode.
+/// True if something was taken out of an episode that is being recorded (what an import brings whole is as its file says).
 pub fn is_redacted(db: &Statements, episode: i64) -> rusqlite::Result<bool> {
-    let sql = "SELECT 1 FROM episodes WHERE episode=?1 AND redactions IS NOT NULL";
+    let sql = "SELECT 1 FROM episodes WHERE episode=?1 AND source_format='live' AND redactions IS NOT NULL";
     Ok(db.first(sql, [episode], |_| Ok(()))?.is_some())
 }
 

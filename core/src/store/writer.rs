@@ -56,6 +56,8 @@ pub enum Command {
     /// Removes episodes and every byte of them; answered when that is done.
     Erase {
         episodes: Vec<EpisodeId>,
+        /// Only what ties these to somebody.
+        anonymise: Vec<EpisodeId>,
         reply: Sender<Result<(), StoreError>>,
     },
     Stop(Sender<Result<(), StoreError>>),
@@ -248,8 +250,12 @@ impl Work<'_> {
                     put = Some((table, id, value, reply));
                     break;
                 }
-                Command::Erase { episodes, reply } => {
-                    erase = Some((episodes, reply));
+                Command::Erase {
+                    episodes,
+                    anonymise,
+                    reply,
+                } => {
+                    erase = Some((episodes, anonymise, reply));
                     break;
                 }
                 Command::Stop(reply) => {
@@ -272,8 +278,8 @@ impl Work<'_> {
         }
         if let Some((table, id, value, reply)) = put {
             let _ = reply.send(result.and_then(|()| self.put(table, &id, value.as_deref())));
-        } else if let Some((episodes, reply)) = erase {
-            let _ = reply.send(result.and_then(|()| self.erase(&episodes)));
+        } else if let Some((episodes, anonymise, reply)) = erase {
+            let _ = reply.send(result.and_then(|()| self.erase(&episodes, &anonymise)));
         }
         stop
     }
@@ -478,13 +484,18 @@ impl Work<'_> {
     }
 
     /// Removes episodes, writes the database anew without them, and cuts the log to nothing.
-    fn erase(&mut self, episodes: &[EpisodeId]) -> Result<(), StoreError> {
+    fn erase(&mut self, episodes: &[EpisodeId], anonymise: &[EpisodeId]) -> Result<(), StoreError> {
         let said = |error| explain(self.path, error);
         let db = &self.statements;
         let remove = || {
             for id in episodes {
                 if let Some(number) = rows::find(db, *id)? {
                     rows::delete_episode(db, number)?;
+                }
+            }
+            for id in anonymise {
+                if let Some(number) = rows::find(db, *id)? {
+                    rows::anonymise(db, number)?;
                 }
             }
             db.execute("COMMIT", [])

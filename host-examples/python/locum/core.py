@@ -178,13 +178,15 @@ class Locum:
         group_key: str = "",
         instruction: str = "",
         session_id: str = "",
+        scope: str = "",
         agent: Mapping[str, str] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Episode:
         """Begins an episode. `task` names the task (level and seed, ticket number), `domain` its family.
 
-        Episodes of one `group_key` are never split between training and test; the default is the task.
+        Episodes of one `group_key` are never split between training and test; the default is the task. Students learn from one
+        `scope` (a tenant, a project) and answer in it only.
         As a context manager it is also the current episode of `LocumMiddleware`, and ends when the block does: as unknown if
         no outcome was given, as aborted if the block raised.
         """
@@ -193,6 +195,7 @@ class Locum:
             "group_key": group_key,
             "instruction": instruction,
             "session_id": session_id,
+            "scope": scope,
             "agent": agent,
             "tools": tools,
             "extra": extra,

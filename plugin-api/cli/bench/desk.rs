@@ -9,7 +9,7 @@ use locum_core::formats::tools_from_json;
 use locum_core::locum::{
     Answer, EpisodeHandle, EpisodeStart, Locum, Options, Pin, Request, StepMeta,
 };
-use locum_core::policy::Policy;
+use locum_core::policy::{Policy, Who};
 use locum_lua::{LuaPolicy, PolicyOptions};
 use serde_json::{json, Value};
 
@@ -113,6 +113,27 @@ impl Desk {
             )?;
         }
         Ok(visit)
+    }
+
+    /// The next step as a host would ask for it.
+    pub fn request(&self, visit: &Visit) -> Request {
+        Request {
+            messages: visit.messages.clone(),
+            tools: self.tools.clone(),
+            ..Request::default()
+        }
+    }
+
+    /// Asks who plays; the base is pinned, so the policy is asked, and must say the student.
+    pub fn decide(&self, visit: &Visit, request: &Request) -> Result<(), Fail> {
+        let decision = self.locum.decide(&visit.handle, request);
+        match decision.who {
+            Who::Student => Ok(()),
+            Who::Teacher => Err(Fail::Missing {
+                what: format!("the teacher was chosen: {}", decision.reason),
+                next: "This bench times decisions for the student.",
+            }),
+        }
     }
 
     /// Lets the student play the next step, then records it with its result, as a host does.

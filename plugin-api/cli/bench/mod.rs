@@ -1,6 +1,7 @@
 //! `locum bench`: how fast a model reads, answers and learns on this machine, how near its limits, and what fewer bits cost.
 
 mod answer;
+mod decide;
 mod desk;
 mod engine;
 mod greedy;
@@ -92,6 +93,8 @@ enum What {
     Train,
     /// Answers through the same door as a host
     Answer,
+    /// Who plays a step: the decision alone with the policy's hook, idle and while a student is being made
+    Decide,
     /// One step of an episode that grows: its second turn against its twentieth
     Step,
     /// Steps while a student is being made in the same process, against steps on an idle machine
@@ -138,6 +141,7 @@ pub fn run(args: Args, place: &Place, out: &Out) -> Result<(), Fail> {
         limit_features(isa).expect("no command before this one has asked for the features");
     }
     match args.what {
+        Some(What::Decide) => decide::run(&args, place, out),
         Some(What::Step) => step::run(&args, place, out),
         Some(What::ServeWhileTraining) => serve::run(&args, place, out),
         Some(What::Answer) => answer::run(&args, place, out),
