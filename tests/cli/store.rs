@@ -35,7 +35,7 @@ fn what_does_not_fit_is_named_with_its_repair_and_repaired_on_demand() {
     db.execute_batch(
         "UPDATE episodes SET n_steps=99 WHERE episode=3;
          UPDATE episodes SET status='success' WHERE status='failure';
-         DELETE FROM steps WHERE episode=4 AND step=2;
+         DELETE FROM steps WHERE episode=4 AND step=3;
          INSERT INTO outcomes (episode, n, recorded_at_ms, status, integrity, judge) VALUES (777, 0, 0, 'success', '{}', '{}');",
     )
     .unwrap();

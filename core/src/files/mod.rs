@@ -50,9 +50,8 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     faults::check("rename", to)?;
     fs::rename(from, to)?;
     faults::check("sync the folder of", to)?;
-    match to.parent() {
-        Some(parent) => File::open(parent)?.sync_all()?,
-        None => {}
+    if let Some(parent) = to.parent() {
+        File::open(parent)?.sync_all()?;
     }
     faults::check("after", to)
 }

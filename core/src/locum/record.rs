@@ -351,7 +351,8 @@ impl Locum {
 
     /// Marks that something of an open episode was lost. Where the queue is full that is remembered, and recorded before the end.
     fn mark_lost(&self, id: EpisodeId, reason: String) {
-        let marked = self.put(Record::Incomplete {
+        // Not counted as a refusal: the host did not ask for it.
+        let marked = self.inner.store.record(Record::Incomplete {
             episode: id,
             reason: reason.clone(),
         });

@@ -695,7 +695,10 @@ impl Inner {
         record.ended_at_ms = Some(now_ms());
         record.canary_verdict = Some(verdict.clone());
         // The pointer first, then the trial's end: after a crash between the two the trial is still on and is judged again.
+        // Nobody looks at the pointer until it is followed here, or the keeper could put the student before back into service.
+        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
         self.registry.set_current(Some(record.version))?;
+        seen.current = Some(record.version);
         self.save_trial(&record)?;
         let settings = record.settings.clone().unwrap_or_default();
         let (job, version) = (record.job, record.version);
@@ -711,6 +714,7 @@ impl Inner {
                 steps: 0,
             });
         }
+        drop(seen);
         if let Some(engine) = &self.engine {
             engine.keep_only(&[version, 0]);
         }
@@ -778,6 +782,8 @@ impl Inner {
 
     /// Takes the promoted student out of service; the one before it, or the teacher, plays on.
     pub(super) fn take_back(&self, why: &str) -> Result<(), Error> {
+        // As in `promote`.
+        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
         let (gone, before) = (self.registry.current()?, self.registry.previous()?);
         let previous = before.and_then(|v| self.load_student(v).ok());
         // Where no model is loaded, the one before is taken on trust: whoever opens the store with a model loads it or says why not.
@@ -790,6 +796,7 @@ impl Inner {
             .into_iter()
             .find(|t| Some(t.version) == gone && t.stage == "promoted");
         self.registry.set_current(next)?;
+        seen.current = next;
         if let Some(engine) = &self.engine {
             engine.keep_only(&[next.unwrap_or(0), 0]);
         }
@@ -798,6 +805,7 @@ impl Inner {
             serving.current = previous;
             serving.watch.take().map(|w| w.record).or(stored)
         };
+        drop(seen);
         if let Some(mut record) = record {
             record.stage = "rolled_back".into();
             record.ended_at_ms = Some(now_ms());

@@ -101,7 +101,11 @@ fn cut_short(store: &std::path::Path, life: u64) -> Said {
     let mut process = birth.spawn();
     let mut out = process.stdout.take().unwrap();
     let random = mixed(life);
-    let longest = if random % 8 == 0 { 1_500_000 } else { 200_000 };
+    let longest = if random.is_multiple_of(8) {
+        1_500_000
+    } else {
+        200_000
+    };
     std::thread::sleep(Duration::from_micros((random >> 8) % longest));
     process.kill().unwrap();
     process.wait().unwrap();
@@ -247,7 +251,8 @@ fn the_verifier_notices_what_is_missing_or_other_than_it_was_told() {
     let weights = weights.strip_prefix(&told).unwrap();
     let of_life = "episode=(SELECT max(episode) FROM episodes)";
     let sql = |what: &str| format!("{what} WHERE {of_life}");
-    let tampered: Vec<(&str, Box<dyn Fn(&std::path::Path)>)> = vec![
+    type Tamper<'a> = Box<dyn Fn(&std::path::Path) + 'a>;
+    let tampered: Vec<(&str, Tamper)> = vec![
         (
             "a step is gone",
             Box::new(|s| run(s, &sql("DELETE FROM steps"))),
