@@ -439,7 +439,7 @@ fn luhn(digits: &[u8]) -> bool {
             (_, digit) => digit * 2,
         })
         .sum();
-    sum % 10 == 0
+    sum.is_multiple_of(10)
 }
 
 /// Fewest characters that are taken for drawn at random, and most: longer ones are files in base64.

@@ -52,9 +52,13 @@ impl Cleaner {
         }
         match value {
             Value::String(text) => self.text(text),
-            Value::Array(items) => items.iter_mut().fold(false, |changed, item| {
-                self.nested(item, depth + 1) || changed
-            }),
+            Value::Array(items) => {
+                let mut changed = false;
+                for item in items {
+                    changed |= self.nested(item, depth + 1);
+                }
+                changed
+            }
             Value::Object(map) => self.map_nested(map, depth + 1),
             // A card's number may come as a number.
             Value::Number(number) => {
@@ -114,9 +118,13 @@ impl Cleaner {
         match content {
             None => false,
             Some(Content::Text(text)) => self.text(text),
-            Some(Content::Parts(parts)) => parts
-                .iter_mut()
-                .fold(false, |changed, part| self.value(part) || changed),
+            Some(Content::Parts(parts)) => {
+                let mut changed = false;
+                for part in parts {
+                    changed |= self.value(part);
+                }
+                changed
+            }
         }
     }
 
