@@ -69,7 +69,8 @@ void teacher_step(locumpp::Episode &e, World &w, int n, const std::string &butto
   result(e, id, w);
 }
 
-void record_teacher(locumpp::Locum &l) {
+// Returns the id of the episode that was judged later.
+std::array<std::uint8_t, 16> record_teacher(locumpp::Locum &l) {
   std::array<std::uint8_t, 16> late{};
   for (int seed = 0; seed < kEpisodes; seed++) {
     World w{seed};
@@ -89,6 +90,7 @@ void record_teacher(locumpp::Locum &l) {
   l.outcome_later(late, outcome);
   l.flush();
   std::cout << "recorded " << kEpisodes << " episodes of the teacher, one judged later\n";
+  return late;
 }
 
 void distil(locumpp::Locum &l) {
@@ -177,7 +179,7 @@ void journey(const std::string &store, const std::string &model) {
     if (e.status() != LOCUM_E_POLICY) throw;
   }
   l.load_policy("local M = {}\nfunction M.decide(step) return \"student\", \"journey\" end\nreturn M\n", "journey.lua");
-  record_teacher(l);
+  const auto late = record_teacher(l);
   if (play(l, 100) != 0) throw Surprise("an untrained student played");
   if (!model.empty()) {
     distil(l);
@@ -194,6 +196,14 @@ void journey(const std::string &store, const std::string &model) {
     }
     l.rollback();
     if (play(l, 102) != 0) throw Surprise("a student that was taken back played");
+  }
+  const std::string learned = l.students_of(late);
+  const std::string forgotten = l.forget(late);
+  std::cout << "learned from the first episode: " << learned << "\nerased: " << forgotten << "\n";
+  if (!model.empty()) {
+    if (field(learned, "version") != "1" || forgotten.find("\"students\":[1]") == std::string::npos)
+      throw Surprise("the student did not learn from the first episode");
+    if (l.lineage(1).find("\"erased\":true") == std::string::npos) throw Surprise("the lineage does not tell of the erasure");
   }
   std::cout << "stats: " << l.stats().substr(0, 400) << "\n";
   auto moved = std::move(l);  // an owner moves, and the one it came from owns nothing

@@ -568,6 +568,30 @@ LOCUM_API int32_t locum_fast_weights_restore(locum_episode episode, uint64_t sna
  * LOCUM_E_NOT_FOUND: not this episode's; LOCUM_E_BUSY; LOCUM_E_MODEL.                                                 */
 LOCUM_API int32_t locum_fast_weights_forget(locum_episode episode, uint64_t snapshot, locum_error **error);
 
+/* Erases an episode for good: when this returns, no file of the store holds a byte of its contents. A job that learns from
+ * it is cancelled first; students that learned from it are marked and go on playing until they are taken back. `retrain`
+ * not 0 starts a job that makes the newest of them again without it. Takes as long, and as much room on the disk, as a copy
+ * of the database. `*json` is yours:                                                       [any-thread] [may-block]
+ *     {"episodes":["id",..], "students":[version,..], "serving":bool, "cancelled_job":N, "retraining":N}     or null
+ * LOCUM_E_NOT_FOUND: neither the store nor a student knows it; LOCUM_E_BUSY: a job does not let go of it;
+ * LOCUM_E_STORE: the files could not be written, and the call may be repeated; LOCUM_E_UNSUPPORTED: read-only.        */
+LOCUM_API int32_t locum_forget_episode(locum handle, const uint8_t id[16], int32_t retrain, locum_bytes *json,
+                                       locum_error **error);
+
+/* The same for all episodes of a scope. An empty scope is refused (LOCUM_E_ARGUMENT).      [any-thread] [may-block] */
+LOCUM_API int32_t locum_forget_scope(locum handle, const char *scope, size_t scope_len, int32_t retrain, locum_bytes *json,
+                                     locum_error **error);
+
+/* Which episodes made a student, also by way of those it was trained on from. `*json` is yours:
+ *     {"version","id","scope","base","job","dataset_hash","ancestors":[{"version","id"}],
+ *      "episodes":[{"id","version","erased"}]}                                             [any-thread] [may-block]
+ * LOCUM_E_NOT_FOUND: no such version; LOCUM_E_CORRUPT.                                                                */
+LOCUM_API int32_t locum_student_lineage(locum handle, uint64_t version, locum_bytes *json, locum_error **error);
+
+/* Which students learned from an episode, also one that was erased since: [{"version","id","directly","current"}], empty
+ * if none did. `*json` is yours.   LOCUM_E_CORRUPT.                                        [any-thread] [may-block] */
+LOCUM_API int32_t locum_episode_students(locum handle, const uint8_t id[16], locum_bytes *json, locum_error **error);
+
 /* Counters as a JSON object: episodes, steps, who answered, latencies, queues, hooks, the student in place.
  * `*json` is yours.                                                                       [any-thread] [may-block] */
 LOCUM_API int32_t locum_stats(locum handle, locum_bytes *json, locum_error **error);

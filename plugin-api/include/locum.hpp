@@ -313,6 +313,30 @@ class Locum {
     detail::Slot error;
     error.check(locum_student_rollback(handle_, error.out()));
   }
+  std::string forget(const std::array<std::uint8_t, 16> &id, bool retrain = false) {
+    locum_bytes json{};
+    detail::Slot error;
+    error.check(locum_forget_episode(handle_, id.data(), retrain, &json, error.out()));
+    return detail::take(json);
+  }
+  std::string forget_scope(std::string_view scope, bool retrain = false) {
+    locum_bytes json{};
+    detail::Slot error;
+    error.check(locum_forget_scope(handle_, scope.data(), scope.size(), retrain, &json, error.out()));
+    return detail::take(json);
+  }
+  std::string lineage(std::uint64_t version) {
+    locum_bytes json{};
+    detail::Slot error;
+    error.check(locum_student_lineage(handle_, version, &json, error.out()));
+    return detail::take(json);
+  }
+  std::string students_of(const std::array<std::uint8_t, 16> &id) {
+    locum_bytes json{};
+    detail::Slot error;
+    error.check(locum_episode_students(handle_, id.data(), &json, error.out()));
+    return detail::take(json);
+  }
   std::string stats() {
     locum_bytes json{};
     detail::Slot error;

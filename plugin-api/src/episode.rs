@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use locum_core::episode::{
-    Actor, Agent, Criterion, EpisodeId, Integrity, Judge, Outcome as CoreOutcome, Status, Task,
+    Actor, Agent, Criterion, Integrity, Judge, Outcome as CoreOutcome, Status, Task,
     ToolSpec,
 };
 use locum_core::formats;
@@ -12,6 +12,7 @@ use locum_core::locum::{EpisodeStart, StepMeta};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::forget::episode_id;
 use crate::guard::{guard, guard_anywhere, guard_status};
 use crate::input::{bad_json, json, name, read_struct, text, LocumStr};
 use crate::instances::{objects, too_many, Episode};
@@ -193,11 +194,8 @@ pub unsafe extern "C" fn locum_outcome_later(
     unsafe {
         guard("locum_outcome_later", error, |frame| {
             let instance = frame.instance(handle)?;
-            if id.is_null() {
-                return Err(Failure::misuse("id is NULL"));
-            }
+            let id = episode_id(id)?;
             instance.may_change()?;
-            let id = EpisodeId(id.read_unaligned());
             instance.locum.outcome_later(id, core_outcome(outcome)?)?;
             Ok(OK)
         })

@@ -20,6 +20,7 @@ mod decide;
 mod episode;
 mod event;
 mod fast;
+mod forget;
 mod library;
 mod life;
 mod log;

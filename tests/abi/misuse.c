@@ -58,6 +58,10 @@ static void refuse_locum(locum l) {
   STATUS(LOCUM_E_MISUSE, locum_student_use(l, 0, NULL));
   STATUS(LOCUM_E_MISUSE, locum_student_rollback(l, NULL));
   STATUS(LOCUM_E_MISUSE, locum_stats(l, &bytes, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_forget_episode(l, id, 0, &bytes, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_forget_scope(l, "s", 1, 0, &bytes, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_student_lineage(l, 1, &bytes, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_episode_students(l, id, &bytes, NULL));
   CHECK(locum_event_handle(l) == -1);
   if (l.id != 0) STATUS(LOCUM_E_MISUSE, locum_close(l, 0, NULL));
   CHECK(bytes.ptr == NULL && bytes.owner == 0);
@@ -155,6 +159,11 @@ static void null_arguments(locum l, locum_episode e) {
   STATUS(LOCUM_E_MISUSE, locum_distil_status(l, 0, NULL, NULL));
   STATUS(LOCUM_E_MISUSE, locum_student_list(l, NULL, NULL));
   STATUS(LOCUM_E_MISUSE, locum_stats(l, NULL, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_forget_episode(l, NULL, 0, &bytes, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_forget_episode(l, id, 0, NULL, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_forget_scope(l, "s", 1, 0, NULL, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_student_lineage(l, 1, NULL, NULL));
+  STATUS(LOCUM_E_MISUSE, locum_episode_students(l, NULL, &bytes, NULL));
   CHECK(locum_extension(NULL) == NULL && locum_extension("locum.nonsense/1") == NULL);
   CHECK(locum_error_status(NULL) == LOCUM_E_MISUSE);
   CHECK(strcmp(locum_error_message(NULL), "") == 0 && locum_error_os_code(NULL) == 0);
@@ -274,7 +283,17 @@ static void bad_values(locum l, locum_episode e) {
   }
   {
     uint8_t nobody[16] = {1, 2, 3};
+    locum_bytes bytes = {0};
     STATUS(LOCUM_E_NOT_FOUND, locum_outcome_later(l, nobody, NULL, NULL));
+    STATUS(LOCUM_E_NOT_FOUND, locum_forget_episode(l, nobody, 0, &bytes, NULL));
+    STATUS(LOCUM_E_NOT_FOUND, locum_forget_scope(l, "nobody's", 8, 0, &bytes, NULL));
+    STATUS(LOCUM_E_ARGUMENT, locum_forget_scope(l, NULL, 0, 0, &bytes, NULL));
+    STATUS(LOCUM_E_ARGUMENT, locum_forget_scope(l, "\xff", 1, 0, &bytes, NULL));
+    STATUS(LOCUM_E_NOT_FOUND, locum_student_lineage(l, 12345, &bytes, NULL));
+    CHECK(bytes.ptr == NULL && bytes.owner == 0);
+    STATUS(LOCUM_OK, locum_episode_students(l, nobody, &bytes, NULL));
+    CHECK(bytes.len == 2 && memcmp(bytes.ptr, "[]", 2) == 0);
+    locum_bytes_free(&bytes);
   }
   {
     char *deep = malloc(300);

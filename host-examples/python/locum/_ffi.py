@@ -190,6 +190,10 @@ FUNCTIONS: list[tuple[str, Any, list[Any]]] = [
     ("locum_student_list", c_int32, [_HANDLE, POINTER(Bytes), _ERROR]),
     ("locum_student_use", c_int32, [_HANDLE, c_uint64, _ERROR]),
     ("locum_student_rollback", c_int32, [_HANDLE, _ERROR]),
+    ("locum_forget_episode", c_int32, [_HANDLE, c_uint8 * 16, c_int32, POINTER(Bytes), _ERROR]),
+    ("locum_forget_scope", c_int32, [_HANDLE, *_TEXT, c_int32, POINTER(Bytes), _ERROR]),
+    ("locum_student_lineage", c_int32, [_HANDLE, c_uint64, POINTER(Bytes), _ERROR]),
+    ("locum_episode_students", c_int32, [_HANDLE, c_uint8 * 16, POINTER(Bytes), _ERROR]),
     ("locum_stats", c_int32, [_HANDLE, POINTER(Bytes), _ERROR]),
 ]
 

@@ -215,14 +215,9 @@ class Locum:
 
         `episode_id` is `Episode.id`. `success` is True, False, None (unknown), "partial" or "aborted". Durable on return.
         """
-        try:
-            raw = bytes.fromhex(episode_id)
-        except ValueError:
-            raw = b""
-        if len(raw) != 16:
-            raise LocumError(f"not an episode id: {episode_id[:64]!r} (32 hexadecimal digits are expected)", code="LOCUM_E_ARGUMENT")
+        raw = _episode_id(episode_id)
         ended = _outcome(success, score, reason, details)
-        self.library.call("locum_outcome_later", self._live(), (c_uint8 * 16)(*raw), byref(ended))
+        self.library.call("locum_outcome_later", self._live(), raw, byref(ended))
 
     async def outcome_async(self, episode_id: str, success: bool | str | None, **more: Any) -> None:
         await _in_thread(self.outcome, episode_id, success, **more)
@@ -289,6 +284,31 @@ class Locum:
 
     async def rollback_async(self) -> None:
         await _in_thread(self.rollback)
+
+    def forget(self, episode_id: str | None = None, *, scope: str | None = None, retrain: bool = False) -> dict[str, Any]:
+        """Erases an episode (`Episode.id`), or all of a scope, for good: no file of the store holds a byte of it on return.
+
+        A job that learns from it is cancelled; students that learned from it are marked and go on playing until they are taken back.
+        `retrain` starts a job that makes the newest of them again without it. Returns `episodes`, `students` (versions), `serving`,
+        `cancelled_job`, `retraining`. Takes as long and as much room as a copy of the database. Raises `NotFound`, `Busy`, `StoreError`.
+        """
+        if (episode_id is None) == (scope is None):
+            raise LocumError("forget() takes an episode's id, or scope=", code="LOCUM_E_ARGUMENT")
+        if episode_id is not None:
+            return dict(self._json("locum_forget_episode", _episode_id(episode_id), int(retrain)))
+        name = (scope or "").encode()
+        return dict(self._json("locum_forget_scope", name, len(name), int(retrain)))
+
+    async def forget_async(self, episode_id: str | None = None, **more: Any) -> dict[str, Any]:
+        return await _in_thread(self.forget, episode_id, **more)
+
+    def lineage(self, version: int) -> dict[str, Any]:
+        """Which episodes made this student, also by way of those it was trained on from: `episodes`, `ancestors`. Raises `NotFound`."""
+        return dict(self._json("locum_student_lineage", version))
+
+    def students_of(self, episode_id: str) -> list[dict[str, Any]]:
+        """Which students learned from an episode, also one that was erased since: `version`, `id`, `directly`, `current` of each."""
+        return list(self._json("locum_episode_students", _episode_id(episode_id)))
 
     def stats(self) -> dict[str, Any]:
         """Counters: episodes, steps, who answered, latencies, queues, hooks, the student in place."""
@@ -693,6 +713,17 @@ def _request(
         temperature=temperature,
         seed=seed,
     )
+
+
+def _episode_id(text: str) -> Any:
+    """The 16 bytes that `Episode.id` names."""
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raw = b""
+    if len(raw) != 16:
+        raise LocumError(f"not an episode id: {text[:64]!r} (32 hexadecimal digits are expected)", code="LOCUM_E_ARGUMENT")
+    return (c_uint8 * 16)(*raw)
 
 
 def _outcome(success: bool | str | None, score: float | None, reason: str, details: Mapping[str, Any] | None) -> Any:

@@ -307,6 +307,36 @@ class Refusing(WithStore):
             self.record(here)
 
 
+class Erasing(WithStore):
+    def test_an_episode_and_a_scope_leave_the_files_and_nothing_else_does(self) -> None:
+        with Locum(self.store) as here:
+            ids = {}
+            for task, scope in (("kept", ""), ("erased", ""), ("theirs", "tenant-2")):
+                with here.episode(task, scope=scope) as episode:
+                    ids[task] = episode.id
+                    episode.message({"role": "user", "content": f"the word is {task}-zanzibar"})
+                    episode.outcome(True)
+            for bad in ({}, {"episode_id": ids["kept"], "scope": "x"}, {"episode_id": "7"}, {"scope": ""}):
+                with self.assertRaises(LocumError) as raised:
+                    here.forget(**bad)
+                self.assertEqual(raised.exception.code, "LOCUM_E_ARGUMENT", bad)
+            self.assertEqual(here.students_of(ids["erased"]), [])
+            done = here.forget(ids["erased"])
+            self.assertEqual((done["episodes"], done["students"], done["serving"]), ([ids["erased"]], [], False))
+            self.assertEqual(here.forget(scope="tenant-2")["episodes"], [ids["theirs"]])
+            for gone in ({"episode_id": ids["erased"]}, {"scope": "tenant-2"}):
+                with self.assertRaises(LocumError) as raised:
+                    here.forget(**gone)
+                self.assertEqual(raised.exception.code, "LOCUM_E_NOT_FOUND")
+            with self.assertRaises(LocumError) as raised:
+                here.lineage(1)
+            self.assertEqual(raised.exception.code, "LOCUM_E_NOT_FOUND")
+        found = b"".join(file.read_bytes() for file in self.store.rglob("*") if file.is_file())
+        self.assertIn(b"kept-zanzibar", found)
+        self.assertNotIn(b"erased-zanzibar", found)
+        self.assertNotIn(b"theirs-zanzibar", found)
+
+
 class Waiting(WithStore):
     def test_async_twins_work_on_a_loop(self) -> None:
         async def run() -> None:
