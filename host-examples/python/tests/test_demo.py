@@ -14,6 +14,7 @@ from unittest import mock
 
 import babyai
 import boss
+import boss_play
 import run
 import sciworld
 import teacher
@@ -77,6 +78,21 @@ class LongEpisodes(unittest.TestCase):
         self.assertTrue(boss.SHORTEST <= len(first) <= boss.LONGEST)
         self.assertTrue(first[0][0].startswith("Goal: "))
         self.assertTrue({action for _, action in first} <= set(boss.WHAT))
+
+    def test_readers_are_compared_on_the_seeds_that_all_of_them_played(self) -> None:
+        on, off = boss_play.Reader("on", 1, True), boss_play.Reader("off", 1, False)
+        played = [
+            boss_play.Played(7, "on", True, 40, 30, 0, 10, 3),
+            boss_play.Played(7, "off", False, 80, 20, 0, 5, 0),
+            boss_play.Played(8, "on", True, 41, 31, 1, 10, 3),
+            boss_play.Played(8, "off", False, 81, 21, 1, 5, 0),
+            boss_play.Played(9, "on", False, 40, 30, 0, 10, 3),
+        ]
+        told = boss_play.table(played, [on, off])
+        self.assertIn("| 2 seeds |", told)
+        self.assertIn("| on | 100.0 (100.0 to 100.0) |", told)
+        self.assertIn("| on less off | +100.0 (+100.0 to +100.0) |", told)
+        self.assertEqual(boss_play.table(played[:1], [on, off]), "no seed was played by all")
 
     def test_a_solution_of_the_lab_becomes_a_chat_and_one_that_fails_none(self) -> None:
         lab = Lab(["wait1", "focus on red box"])

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import boss
+import boss_play
 import run
+from babyai import World
 
-from locum import Decision, JobStatus, ModelError, NotFound, Student
+from locum import Decision, JobStatus, Locum, ModelError, NotFound, Student
 from locum.core import _current
 from tests.fakes import FakeEpisode, FakeLocum
 
@@ -194,6 +197,16 @@ class Run(unittest.TestCase):
 def _all_but_wanted(pretend: Any, name: str, value: Any) -> None:
     if name != "wanted":
         object.__setattr__(pretend, name, value)
+
+
+class StudentsOfBossLevel(unittest.TestCase):
+    def test_a_student_that_is_not_there_leaves_every_step_to_the_bot(self) -> None:
+        world, seed = World(boss.LEVEL), boss.FIRST_SEED
+        while (solved := boss.episode(world, seed)) is None:
+            seed += 1
+        with tempfile.TemporaryDirectory() as folder, Locum(folder) as here:
+            played = boss_play.play(here, world, boss_play.Reader("none", 1, True), seed, 2 * len(solved))
+        self.assertEqual((played.success, played.asked, played.updates), (True, played.steps, 0))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use locum_core::episode::{
@@ -222,27 +224,48 @@ fn at_the_store(dir: &Path, text: &str, steps: usize) -> Result<(Vec<f64>, u64),
     Ok((took, refused))
 }
 
-/// The call that a host makes: an OpenAI message, checked, redacted by the shipped policy, copied.
+/// The call that a host makes: an OpenAI message, checked, redacted by the shipped policy, copied. Another thread ends the episodes,
+/// because that waits for the disk.
 fn at_the_door(dir: &Path, text: &str, steps: usize) -> Result<(Vec<f64>, u64), Fail> {
     let locum = door(dir)?;
     let message = message(text);
-    let mut open: Option<EpisodeHandle> = None;
-    let mut ended = Vec::new();
-    let took = pace(steps, |n| {
-        if n % EPISODE as usize == 0 {
-            ended.extend(open.replace(locum.begin(EpisodeStart::default())?));
-        }
-        let episode = open.expect("begun above");
-        let meta = StepMeta {
-            actor: Actor::Teacher,
-            ..StepMeta::default()
-        };
-        let (result, took) = timed(|| locum.message(&episode, &message, meta));
-        match result {
-            Err(Error::Store(StoreError::Busy { .. })) => {}
-            other => other?,
-        }
-        Ok(took)
+    let (played, to_end) = channel::<EpisodeHandle>();
+    let took = thread::scope(|scope| {
+        let ender = scope.spawn(|| -> Result<(), Error> {
+            for episode in to_end {
+                loop {
+                    match locum.end(&episode, Outcome::default()) {
+                        Err(Error::Store(StoreError::Busy { .. })) => {
+                            thread::sleep(Duration::from_millis(1));
+                        }
+                        other => break other?,
+                    }
+                }
+            }
+            Ok(())
+        });
+        let mut open: Option<EpisodeHandle> = None;
+        let took = pace(steps, |n| {
+            if n % EPISODE as usize == 0 {
+                let before = open.replace(locum.begin(EpisodeStart::default())?);
+                // Nobody listens any more only where ending failed, which is told below.
+                before.map(|episode| played.send(episode));
+            }
+            let episode = open.expect("begun above");
+            let meta = StepMeta {
+                actor: Actor::Teacher,
+                ..StepMeta::default()
+            };
+            let (result, took) = timed(|| locum.message(&episode, &message, meta));
+            match result {
+                Err(Error::Store(StoreError::Busy { .. })) => {}
+                other => other?,
+            }
+            Ok(took)
+        });
+        drop(played);
+        ender.join().expect("it does not panic")?;
+        took
     })?;
     let busy = locum.stats().busy;
     locum.close(SOON)?;
@@ -268,7 +291,7 @@ fn sustained(dir: &Path, text: &str, steps: usize) -> Result<f64, Fail> {
     let store = Store::open(dir, StoreOptions::default())?;
     let patiently = |record: Record| loop {
         match store.record(record.clone()) {
-            Err(StoreError::Busy { .. }) => std::thread::sleep(Duration::from_millis(1)),
+            Err(StoreError::Busy { .. }) => thread::sleep(Duration::from_millis(1)),
             other => return other,
         }
     };
@@ -297,12 +320,12 @@ fn durable(dir: &Path, text: &str) -> Result<(Vec<f64>, Vec<f64>), Result<Fail, 
     store.record(begin(1)).map_err(fail)?;
     let (mut steps, mut syncs) = (Vec::new(), Vec::new());
     for n in 0..DURABLE {
-        std::thread::sleep(DURABLE_PAUSE / 2);
+        thread::sleep(DURABLE_PAUSE / 2);
         let record = step(1, 1 + n as u32, text);
         let (result, took) = timed(|| store.record(record).and_then(|()| store.flush(SOON)));
         result.map_err(fail)?;
         steps.push(took.as_secs_f64() * 1e6);
-        std::thread::sleep(DURABLE_PAUSE / 2);
+        thread::sleep(DURABLE_PAUSE / 2);
         let append = || {
             file.write_all(text.as_bytes())
                 .and_then(|()| file.sync_data())
