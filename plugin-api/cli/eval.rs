@@ -33,6 +33,9 @@ pub struct Ttt {
     /// Read also under chunk-wise dynamic evaluation, a control that needs no training, with this step size
     #[arg(long, value_name = "STEP")]
     control: Option<f32>,
+    /// Read also with the student's step size times each of these
+    #[arg(long, value_delimiter = ',', value_name = "FACTORS")]
+    scales: Vec<f32>,
     /// Held-out episodes at most; 0 takes all
     #[arg(long, default_value_t = 0, value_name = "N")]
     episodes: usize,
@@ -100,6 +103,7 @@ fn compare(args: &Ttt, place: &Place, out: &Out) -> Result<Comparison, Fail> {
         student: args.student,
         plain: args.plain,
         control: args.control,
+        scales: args.scales.clone(),
         episodes: args.episodes,
         windows: args.windows.iter().map(|w| w.0).collect(),
         ..TttOptions::default()

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use locum_core::episode::{
-    Actor, Agent, Criterion, Integrity, Judge, Outcome as CoreOutcome, Status, Task,
-    ToolSpec,
+    Actor, Agent, Criterion, Integrity, Judge, Outcome as CoreOutcome, Status, Task, ToolSpec,
 };
 use locum_core::formats;
 use locum_core::limits::{MAX_STEP_BYTES, MAX_TOOLS};

@@ -72,7 +72,8 @@ pub struct Reading {
     pub window: Option<usize>,
 }
 
-/// Reads a text from its first token to its last, and says of each action what the model thought of it.
+/// Reads a text from its first token to its last, and says of each action what the model thought of it. Where a layer's drift passes
+/// its cap, the rest is read with updates off, as it is when a student serves.
 ///
 /// # Errors
 /// The model's, for a text that is too long or not in its vocabulary.
@@ -82,11 +83,37 @@ pub fn read(
     stream: &Stream,
     how: Reading,
 ) -> Result<Vec<Seen>, ModelError> {
-    read_and_watch(pool, model, stream, how, &mut Vec::new())
+    Ok(read_and_watch(pool, model, stream, how, &mut Vec::new())?.0)
 }
 
-/// [`read`], which also hands out every update made, with its layer.
+/// [`read`], which also hands out every update made, with its layer, and tells whether one passed its cap.
 fn read_and_watch(
+    pool: &Pool,
+    model: &Model,
+    stream: &Stream,
+    how: Reading,
+    updates: &mut Vec<(u16, Update)>,
+) -> Result<(Vec<Seen>, bool), ModelError> {
+    let mut seen = read_until_past_cap(pool, model, stream, how, updates)?;
+    let tripped = updates.iter().find(|update| update.1.tripped);
+    let Some(edge) = tripped.map(|update| update.1.position) else {
+        return Ok((seen, false));
+    };
+    let off = Reading {
+        learning: false,
+        ..how
+    };
+    let as_trained = read_until_past_cap(pool, model, stream, off, &mut Vec::new())?;
+    for (at, span) in stream.actions.iter().enumerate() {
+        if span.end > edge {
+            seen[at] = as_trained[at];
+        }
+    }
+    Ok((seen, true))
+}
+
+/// Reads up to the piece in which an update passes its cap; what lies behind is worth nothing then.
+fn read_until_past_cap(
     pool: &Pool,
     model: &Model,
     stream: &Stream,
@@ -118,6 +145,9 @@ fn read_and_watch(
         if let Some(window) = how.window {
             // Whole blocks are forgotten, so at most `window` tokens stay.
             sequence.forget(blocks.whole_blocks(to.saturating_sub(window)), SINK);
+        }
+        if updates.iter().any(|update| update.1.tripped) {
+            break;
         }
     }
     let of = |span: &Range<usize>| Seen {
@@ -240,6 +270,9 @@ pub struct TttVerdict {
     pub episodes: u64,
     pub actions: u64,
     pub tokens: u64,
+    /// Texts in which a layer drifted past its cap, and which were read on with updates off.
+    #[serde(default)]
+    pub past_cap: u64,
 }
 
 /// Judges the updates of a model with TTT layers on held-out texts, by what it thinks of the teacher's actions with them and without:
@@ -262,6 +295,7 @@ pub fn judge(
         .filter(|stream| stream.actions.iter().any(|span| span.start > chunk))
         .collect();
     let (mut on, mut off): (Vec<(EpisodeId, Vec<Seen>)>, Vec<_>) = Default::default();
+    let mut past_cap = 0;
     for stream in &long {
         if !go_on() {
             return Ok(None);
@@ -271,7 +305,9 @@ pub fn judge(
                 learning,
                 window: None,
             };
-            readings.push((stream.episode, read(pool, model, stream, how)?));
+            let (seen, tripped) = read_and_watch(pool, model, stream, how, &mut Vec::new())?;
+            past_cap += u64::from(tripped);
+            readings.push((stream.episode, seen));
         }
     }
     let (on, off) = (by_episode(on), by_episode(off));
@@ -285,6 +321,13 @@ pub fn judge(
         ),
         false => "with them the log-likelihood is no longer a number".into(),
     };
+    let capped = match past_cap {
+        0 => String::new(),
+        n => format!(
+            "; {n} of {} texts drifted past the cap and were read on without: a smaller step (`ttt_lr`) reaches further",
+            long.len()
+        ),
+    };
     let (learns, reason) = match on.len() {
         0 => (
             false,
@@ -294,10 +337,10 @@ pub fn judge(
             false,
             format!("fast weights off: {n} held-out episodes are longer than a chunk, {MIN_EPISODES} are needed"),
         ),
-        _ if gain.low > 0.0 => (true, format!("fast weights on: {measured}")),
+        _ if gain.low > 0.0 => (true, format!("fast weights on: {measured}{capped}")),
         _ => (
             false,
-            format!("fast weights off, for they were not seen to help: {measured}"),
+            format!("fast weights off, for they were not seen to help: {measured}{capped}"),
         ),
     };
     Ok(Some(TttVerdict {
@@ -307,6 +350,7 @@ pub fn judge(
         episodes: on.len() as u64,
         actions,
         tokens: long.iter().map(|s| s.ids.len() as u64).sum(),
+        past_cap,
     }))
 }
 
@@ -407,7 +451,7 @@ pub struct Gain {
 }
 
 /// Models and how they read, by name.
-pub type Variants<'a> = Vec<(&'static str, &'a Model, bool)>;
+pub type Variants<'a> = Vec<(String, &'a Model, bool)>;
 
 /// Has every variant read every text under every window, text by text, and compares the first variant that learns with all others.
 /// `go_on` is asked before each text; when it says no, what was read by then is compared.
@@ -430,7 +474,8 @@ pub fn compare(
         if !go_on(done) {
             break;
         }
-        for (at, &(_, model, learning)) in variants.iter().enumerate() {
+        for (at, (_, model, learning)) in variants.iter().enumerate() {
+            let learning = *learning;
             let mut whole: Option<Vec<Seen>> = None;
             let mut updates = Vec::new();
             for (window, readings) in windows.iter().zip(&mut read_so_far) {
@@ -442,7 +487,7 @@ pub fn compare(
                         // What was learned under the last window is what is told of the drift.
                         updates.clear();
                         let how = Reading { learning, window };
-                        read_and_watch(pool, model, stream, how, &mut updates)?
+                        read_and_watch(pool, model, stream, how, &mut updates)?.0
                     }
                 };
                 if window.is_none() {
@@ -457,7 +502,7 @@ pub fn compare(
         done += 1;
     }
     let of_window = |(window, readings): (&Option<usize>, &Vec<Readings>)| {
-        let names = variants.iter().map(|variant| variant.0.to_string());
+        let names = variants.iter().map(|variant| variant.0.clone());
         let others = (0..variants.len()).filter(|at| *at != learner);
         Window {
             window: window.map(|w| w as u64),
@@ -476,8 +521,8 @@ pub fn compare(
                         scores: over(*part),
                     };
                     Gain {
-                        of: variants[learner].0.into(),
-                        over: variants[other].0.into(),
+                        of: variants[learner].0.clone(),
+                        over: variants[other].0.clone(),
                         all: over(Part::All),
                         parts: Part::SHOWN.iter().map(part).collect(),
                     }

@@ -20,6 +20,9 @@ pub struct OfflineReport {
     pub exact: u64,
     /// Of these, answered with something that is no valid call although the grammar was on.
     pub invalid: u64,
+    /// Of these, left to the teacher because what was learned while reading had drifted past its cap.
+    #[serde(default)]
+    pub drifted: u64,
     /// Mean loss on the targets, in nats a token.
     pub loss: f64,
     /// Held-out episodes that the steps are from.
@@ -67,6 +70,12 @@ pub fn offline(
         100.0 * high,
         candidate.loss
     ));
+    if candidate.drifted > 0 {
+        reasons.push(format!(
+            "{} of them left to the teacher, for what was learned while reading had drifted past its cap",
+            candidate.drifted
+        ));
+    }
     if candidate.invalid > 0 {
         refusals.push(format!(
             "{} replies were no valid calls, though the grammar allows no other",

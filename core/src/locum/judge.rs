@@ -7,7 +7,7 @@ use crate::curate::{Kept, Manifest, MaskReason};
 use crate::dataset;
 use crate::distil::{job_dir, read_json};
 use crate::episode::{Episode, EpisodeId, Source, Split, Step};
-use crate::evaluate::ttt::{compare, streams, Comparison, Stream};
+use crate::evaluate::ttt::{compare, streams, Comparison, Stream, Variants};
 use crate::generate::Student;
 use crate::kernels::Pool;
 use crate::model::Model;
@@ -24,6 +24,8 @@ pub struct TttOptions {
     pub student: Option<u64>,
     /// A second student, trained without.
     pub plain: Option<u64>,
+    /// The student's own steps times these factors are readers too.
+    pub scales: Vec<f32>,
     /// Step size of a control: the second student, or the base where there is none, under chunk-wise dynamic evaluation.
     pub control: Option<f32>,
     /// Held-out episodes at most; all of them if 0.
@@ -49,7 +51,7 @@ impl Locum {
     /// actions. `go_on` is told episodes done and in all before each; when it says no, what was read by then is compared.
     ///
     /// # Errors
-    /// A sentence: a step size that is no number, no student, one without TTT layers, no held-out episode, all of them too short for a chunk.
+    /// A sentence: a step size or factor that is no number, no student, one without TTT layers, no held-out episode, all of them too short for a chunk.
     pub fn eval_ttt(
         &self,
         options: &TttOptions,
@@ -65,8 +67,9 @@ impl Locum {
                 student.version
             )));
         };
-        if options.control.is_some_and(|lr| !lr.is_finite()) {
-            let why = "the step size of the control is no number";
+        let steps = options.control.iter().chain(&options.scales);
+        if steps.clone().any(|step| !step.is_finite()) {
+            let why = "a step size is no number";
             return Err(Error::Argument(why.into()));
         }
         let plain = options.plain.map(|v| inner.load_student(v)).transpose()?;
@@ -83,19 +86,40 @@ impl Locum {
                 ttt.chunk_len
             )));
         }
-        let mut variants = vec![
-            ("updates on", &*student.model, true),
-            ("updates off", &*student.model, false),
-            ("base", &*base.student.model, false),
+        let scaled = options.scales.iter().map(|factor| {
+            let mut model = Model::clone(&student.model);
+            if let Some(ttt) = &mut model.config.ttt {
+                ttt.lr *= factor;
+            }
+            (format!("updates at {factor} of the step"), model)
+        });
+        let scaled: Vec<(String, Model)> = scaled.collect();
+        let mut variants: Variants = vec![
+            ("updates on".into(), &*student.model, true),
+            ("updates off".into(), &*student.model, false),
+            ("base".into(), &*base.student.model, false),
         ];
-        variants.extend(plain.iter().map(|p| ("trained without", &*p.model, false)));
+        variants.extend(
+            scaled
+                .iter()
+                .map(|(name, model)| (name.clone(), model, true)),
+        );
+        variants.extend(
+            plain
+                .iter()
+                .map(|p| ("trained without".into(), &*p.model, false)),
+        );
         let control = options.control.map(|lr| {
             let mut model = Model::clone(&plain.as_ref().unwrap_or(&base.student).model);
             let layers = model.config.num_hidden_layers;
             model.config.ttt = Some(TttConfig::gradient(layers, ttt.chunk_len, lr));
             model
         });
-        variants.extend(control.iter().map(|m| ("dynamic evaluation", m, true)));
+        variants.extend(
+            control
+                .iter()
+                .map(|m| ("dynamic evaluation".into(), m, true)),
+        );
         let alpha = match options.alpha {
             alpha if alpha > 0.0 && alpha < 1.0 => alpha,
             _ => 0.05,

@@ -383,6 +383,11 @@ fn fit_there(
                     }
                 }
             }
+            if speed.points.is_empty() {
+                let held = (pool.held_for() - held).as_secs_f64();
+                let since = (started.elapsed().as_secs_f64() - held).max(0.0);
+                speed.push(before + since, state.tokens);
+            }
             let batch = &batches[state.batch];
             let lr = schedule.lr(state.step, done);
             let trim = (done >= plan.trim_after).then_some(plan.trim_below);

@@ -285,11 +285,50 @@ fn differences_are_paired_by_action_and_weigh_episodes_alike() {
 }
 
 #[test]
+fn behind_a_drift_past_the_cap_a_text_is_read_as_it_is_without_updates() {
+    let pool = Pool::new(2, 0);
+    let mut model = learner(0.5, 5);
+    let stream = stream(421, 9);
+    let on = Reading {
+        learning: true,
+        ..WHOLE
+    };
+    let (free, mut updates) = (read(&pool, &model, &stream, on).unwrap(), Vec::new());
+    read_and_watch(&pool, &model, &stream, on, &mut updates).unwrap();
+    // A cap between the largest drift of the fifth edge and that of the last.
+    let most = |position: usize| {
+        let at = updates.iter().filter(|u| u.1.position == position);
+        at.map(|u| u.1.drift).fold(0.0, f32::max)
+    };
+    let (early, late) = (most(5 * CHUNK), most(416));
+    assert!(late > 1.05 * early, "{early} {late}");
+    model.config.ttt.as_mut().unwrap().max_drift = Some(1.02 * early);
+    let mut updates = Vec::new();
+    let (capped, tripped) = read_and_watch(&pool, &model, &stream, on, &mut updates).unwrap();
+    assert!(tripped);
+    let edge = updates.iter().find(|u| u.1.tripped).unwrap().1.position;
+    assert!(edge > 5 * CHUNK);
+    let off = read(&pool, &model, &stream, WHOLE).unwrap();
+    let (mut before, mut behind) = (0, 0);
+    for (at, span) in stream.actions.iter().enumerate() {
+        if span.end <= edge {
+            assert_eq!(capped[at], free[at]);
+            before += 1;
+        } else {
+            assert_eq!(capped[at], off[at]);
+            behind += 1;
+        }
+    }
+    assert!(before > 0 && behind > 0, "{before} {behind}");
+    assert_ne!(free, off);
+}
+
+#[test]
 fn variants_are_compared_window_by_window_on_the_texts_read_until_the_stop() {
     let pool = Pool::new(2, 0);
     let model = learner(0.5, 5);
     let streams: Vec<Stream> = (0..4).map(|seed| stream(300, seed)).collect();
-    let variants: Variants = vec![("on", &model, true), ("off", &model, false)];
+    let variants: Variants = vec![("on".into(), &model, true), ("off".into(), &model, false)];
     let compared = compare(
         &pool,
         &variants,
