@@ -6,6 +6,7 @@
 # make cuda     liblocum_cuda.so, with which students compute on an NVIDIA card; needs no card to build (fetches 105 MB)
 # make cuda-check   its tests and speed on a machine with a card, from what `make cuda-carry` put together
 # make soak     the loop under load for a while (SOAK_SECONDS=600), then kills, failing disks and swaps, an hour or so (SOAK_KILLS=10000 SOAK_SWAPS=1000)
+# make valgrind C and C++ hosts with the library under Valgrind, minutes (needs valgrind)
 # make clean    throw away what was built and fetched
 #
 # Needed beforehand: Rust, a C and a C++ compiler, Python 3.10 or newer with pip and venv, make, and a network for the packages.
@@ -37,7 +38,7 @@ PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 # Downloads run while cargo compiles; `make` is called again with -j2 for that, so the user need not.
 AGAIN := $(MAKE) --no-print-directory
 
-.PHONY: cuda cuda-carry cuda-check all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
+.PHONY: valgrind cuda cuda-carry cuda-check all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
 
 all: build
 
@@ -181,6 +182,9 @@ bench-quick:
 soak:
 	@LOCUM_SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --workspace --test main soak:: -- --nocapture
 	@LOCUM_SOAK_KILLS=$(SOAK_KILLS) LOCUM_SOAK_SWAPS=$(SOAK_SWAPS) $(CARGO) test --release -p locum-core --lib -- --nocapture --test-threads=1 crash:: shim:: fire:: several::
+
+valgrind:
+	@$(CARGO) test --release --workspace --test main abi::valgrind:: -- --ignored --nocapture --test-threads=1
 
 clean:
 	rm -rf $(CACHE)

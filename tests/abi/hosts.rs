@@ -46,3 +46,27 @@ fn the_cpp_journey_with_a_tiny_model_distils_serves_and_rolls_back() {
     let said = bench.run(&exe, &[bench.path("store"), model]);
     assert!(said.ends_with("done\n"), "{said}");
 }
+
+/// Hosts compiled against the header of an earlier release, as object files in `tests/fixtures/hosts`, linked with this library.
+/// Made with `cc -std=c99 -O1 -fPIE -Iplugin-api/include -c host-examples/c/journey.c` at that release.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[test]
+fn hosts_compiled_against_earlier_releases_run_with_this_library() {
+    let mut releases = 0;
+    for release in std::fs::read_dir(super::source("tests/fixtures/hosts")).unwrap() {
+        let release = release.unwrap().path();
+        let name = release.file_name().unwrap().to_string_lossy().into_owned();
+        let bench = Bench::new();
+        let model = bench.path("model");
+        locum_core::model::write_tiny(&model, 7).unwrap();
+        let minimal = bench.link(&release.join("minimal.o"));
+        let said = bench.run(&minimal, &[bench.path("least")]);
+        assert!(said.starts_with("the teacher plays: "), "{name}: {said}");
+        let journey = bench.link(&release.join("journey.o"));
+        let said = bench.run(&journey, &[bench.path("store"), model]);
+        assert!(said.ends_with("done\n"), "{name}: {said}");
+        assert!(said.contains("steps by the student"), "{name}: {said}");
+        releases += 1;
+    }
+    assert!(releases > 0);
+}

@@ -134,6 +134,8 @@ static void bad_handles(locum l, locum_episode e) {
 }
 
 static void null_arguments(locum l, locum_episode e) {
+  locum_bytes bytes = {0};
+  uint8_t id[16] = {0};
   locum_options options = {.struct_size = sizeof options};
   locum_request request = {.struct_size = sizeof request};
   locum_decision decision = {.struct_size = sizeof decision};

@@ -4,6 +4,7 @@ mod crowd;
 mod exports;
 mod hosts;
 mod misuse;
+mod valgrind;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -80,6 +81,22 @@ impl Bench {
             said.status.success(),
             "{path} with {compiler} {standard}:\n{}",
             String::from_utf8_lossy(&said.stderr)
+        );
+        exe
+    }
+
+    /// Links an object file with the library.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn link(&self, object: &Path) -> PathBuf {
+        let exe = self.path(&object.file_stem().unwrap().to_string_lossy());
+        let mut command = Command::new("cc");
+        command.arg(object).arg("-o").arg(&exe).arg("-pthread");
+        command.arg("-L").arg(self.dir.path());
+        let linked = command.args(["-l:liblocum.so.0", "-ldl"]).output().unwrap();
+        assert!(
+            linked.status.success(),
+            "{}",
+            String::from_utf8_lossy(&linked.stderr)
         );
         exe
     }
