@@ -4,7 +4,7 @@
 //! handle is never 0 and fits a signed integer. A slot that is given back gets the next generation; a slot whose
 //! generations are used up is never used again, so an old handle can not come to mean a new object.
 
-use std::sync::{Arc, RwLock};
+use super::sync::{Arc, RwLock};
 
 const SLOT_BITS: u32 = 24;
 const GENERATION_BITS: u32 = 28;

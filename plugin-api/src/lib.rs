@@ -27,3 +27,8 @@ mod log;
 mod policy;
 mod refusals;
 mod student;
+
+/// What the handle table synchronises with; `tests/loom` has another.
+mod sync {
+    pub use std::sync::{Arc, RwLock};
+}

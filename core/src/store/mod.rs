@@ -10,6 +10,7 @@
 
 mod check;
 mod database;
+mod doze;
 pub mod json;
 mod forking;
 mod read;
@@ -23,6 +24,11 @@ mod statements;
 mod tests;
 mod writer;
 
+/// What `doze` synchronises with; `tests/loom.rs` has another.
+mod sync {
+    pub use std::sync::atomic::{fence, AtomicBool, Ordering};
+}
+
 pub use check::{check, prompt_digest, Checked, Finding, Severity};
 pub use database::{DATABASE, SCHEMA_VERSION};
 pub use forking::{after_fork, before_fork};
@@ -32,7 +38,7 @@ pub use repair::repair;
 pub use writer::Health;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{fence, AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::Thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -431,11 +437,9 @@ impl Store {
             self.load.bytes.fetch_sub(bytes, Ordering::Relaxed);
             return result;
         }
-        // After the record is in the queue: see `Work::next`.
-        fence(Ordering::SeqCst);
         let filling = 2 * records > self.options.max_queued_records
             || 2 * waiting > self.options.max_queued_bytes;
-        if filling || self.load.asleep.load(Ordering::Relaxed) {
+        if self.load.doze.must_be_woken() || filling {
             door.writer.unpark();
         }
         Ok(())

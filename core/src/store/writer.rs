@@ -4,7 +4,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{park, park_timeout};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use rusqlite::{params, Connection, ErrorCode};
 
 use super::database::{explain, PAGE_BYTES};
+use super::doze::Doze;
 use super::redaction::{self, Cleaned, Redact};
 use super::rows::{self, Tally};
 use super::sessions::{self, Session};
@@ -68,8 +69,8 @@ pub enum Command {
 pub struct Load {
     pub records: AtomicUsize,
     pub bytes: AtomicUsize,
-    /// The writer sleeps until somebody wakes it.
-    pub asleep: AtomicBool,
+    /// The writer's.
+    pub doze: Doze,
 }
 
 /// How the writer is doing.
@@ -211,16 +212,11 @@ impl Work<'_> {
                 park_timeout(left.map_or(NAP, |left| left.min(NAP)));
                 continue;
             }
-            // Said before the last look, as who records looks at it after the record is in the queue: one of the two sees the other.
-            self.load.asleep.store(true, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-            if self.receiver.is_empty() {
-                match left {
-                    Some(left) => park_timeout(left),
-                    None => park(),
-                }
-            }
-            self.load.asleep.store(false, Ordering::Relaxed);
+            let sleep = || match left {
+                Some(left) => park_timeout(left),
+                None => park(),
+            };
+            self.load.doze.unless(|| !self.receiver.is_empty(), sleep);
         }
     }
 
