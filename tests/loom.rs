@@ -8,7 +8,11 @@ mod sync {
 
 #[path = "../core/src/store/doze.rs"]
 mod doze;
-#[allow(dead_code, unused_imports, reason = "the library and its unit tests use the rest")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the library and its unit tests use the rest"
+)]
 #[path = "../plugin-api/src/handles.rs"]
 mod handles;
 

@@ -77,6 +77,9 @@ pub struct Progress {
     pub seconds_left: f64,
 }
 
+/// A held-out loss of so many times the first one and a nat has left the model behind.
+const RUN_AWAY: f64 = 3.0;
+
 /// What the caller wants after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
@@ -367,6 +370,12 @@ fn fit_there(
                 };
                 let lr = schedule.lr(state.step, done);
                 push_point(&mut state, lr, Some((loss, exact)));
+                let before = state.curve.iter().find_map(|p| p.held_out_loss);
+                // Trained away from everything the model knew: more of the same brings nothing back.
+                if let Some(before) = before.filter(|before| loss > RUN_AWAY * (before + 1.0)) {
+                    let step = state.step;
+                    return Err(TrainError::RunAway { step, before, loss });
+                }
                 if state.best.is_none_or(|best| loss < best) {
                     state.best = Some(loss);
                     state.bad_evaluations = 0;

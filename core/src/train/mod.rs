@@ -34,6 +34,11 @@ pub enum TrainError {
     NoGradient(String),
     #[error("the loss is no longer a finite number at step {step}")]
     Diverged { step: u64 },
+    /// The recipe's rates are too high for this model.
+    #[error(
+        "the held-out loss has gone from {before:.2} to {loss:.2} nats a token by step {step}: a lower lr, or ttt_rate and ttt_lr, may hold"
+    )]
+    RunAway { step: u64, before: f64, loss: f64 },
     /// Even with every block computed again in its backward pass. What helps is in the message.
     #[error(
         "the training needs {} MiB and may use {}: raise memory_mib, lower batch_tokens, or train with lora, or fewer upper_layers",

@@ -105,7 +105,14 @@ impl TttPlan {
             every: knobs.ttt_every.unwrap_or(6).max(1),
             chunk_len: knobs.ttt_chunk.unwrap_or(256).clamp(8, 1 << 14),
             lr: knobs.ttt_lr.unwrap_or(0.3).clamp(0.0, 10.0),
-            rate: knobs.ttt_rate.unwrap_or(3e-4).clamp(1e-7, 1e-1),
+            // A full matrix moves by its rate in every entry, so its norm grows with the model's width.
+            rate: knobs
+                .ttt_rate
+                .unwrap_or(match start {
+                    TttStart::Published => 3e-4,
+                    TttStart::NextToken => 2e-5,
+                })
+                .clamp(1e-7, 1e-1),
         }))
     }
 }

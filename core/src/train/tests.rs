@@ -296,3 +296,33 @@ fn layers_that_learn_while_they_read_are_given_each_sample_whole() {
     );
     assert_eq!(step.outcome.shared, 0);
 }
+
+#[test]
+fn a_training_that_runs_away_ends_at_its_next_look_with_both_losses() {
+    let pool = Pool::new(2, 0);
+    let samples: Vec<Sample> = (0..12)
+        .map(|i| sample(i % 2, 32, 5 + i as usize, 4))
+        .collect();
+    let (train, held_out) = samples.split_at(9);
+    let run = |lr: f64| {
+        let plan = TrainPlan {
+            method: Method::Full,
+            tokens: 3000,
+            batch_tokens: 160,
+            warmup_steps: 0,
+            lr,
+            evaluations: 4,
+            ..TrainPlan::default()
+        };
+        let go = &mut |_: &Progress| Flow::Go;
+        fit(&pool, model("llama"), train, held_out, "x", &plan, None, go)
+    };
+    assert!(run(1e-3).is_ok());
+    match run(3.0) {
+        Err(TrainError::RunAway { step, before, loss }) => {
+            assert!(step > 0 && loss > 3.0 * before, "{step} {before} {loss}");
+        }
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("a rate of 3 is too high for any model"),
+    }
+}

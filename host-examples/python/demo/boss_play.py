@@ -1,7 +1,8 @@
 """BossLevel played by students, for docs/ttt.md: does learning while they read help them to the goal?
 
 Every seed is played by each reader in turn: the student with its updates on, the same with updates off, and one trained without.
-A step that the student leaves to its teacher is played by the level's bot. Nothing is kept: the episodes are dropped.
+The level's bot plays a step in the teacher's place where the student leaves it, and where it has come back to what it saw twice of late:
+a small student that walks into a wall would do so for ever. Nothing is kept: the episodes are dropped.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import random
 import sys
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ FIRST_SEED = 600_000  # boss.py records from 500,000 on
 SLACK = 2  # times the bot's own steps that a student may take
 RESAMPLES = 10_000
 REPLY_TOKENS = 24
+LATELY, TOO_OFTEN = 8, 2  # of the last so many views, so many like the present one
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,14 @@ class Played:
     as_bot: int  # of the student's steps, those that the bot would have taken there
     asked: int  # steps left to the teacher
     before_parting: int  # steps until the first that the bot would not have taken
-    updates: int  # chunks that were learned from
+    updates: int  # chunks learned from by the end; 0 too if a drift past the cap had undone them
 
 
 def play(here: Locum, world: World, reader: Reader, seed: int, limit: int) -> Played:
     """One episode; `limit` actions at most."""
     text = boss.brief(world.reset(seed, limit, advised=True))
     played = Played(seed, reader.name, False, 0, 0, 0, 0, 0)
-    together = True
+    together, lately = True, deque([text], maxlen=LATELY)
     episode = here.episode(boss.LEVEL, tools=boss.TOOLS)
     if not reader.updates:
         episode.switch_fast_weights(False)
@@ -55,6 +58,8 @@ def play(here: Locum, world: World, reader: Reader, seed: int, limit: int) -> Pl
     while not world.done:
         advice = world.advice if world.advice in boss.WHAT else "forward"
         try:
+            if list(lately)[:-1].count(lately[-1]) >= TOO_OFTEN:
+                raise AskTeacher("it goes in circles", reason_name="policy")
             message = episode.generate(call_required=True, greedy=True, max_tokens=REPLY_TOKENS).message
             call, actor = message["tool_calls"][0], "student"
         except AskTeacher:
@@ -67,7 +72,8 @@ def play(here: Locum, world: World, reader: Reader, seed: int, limit: int) -> Pl
             played.as_bot += action == advice
             together &= action == advice
             played.before_parting += together
-        episode.message({"role": "tool", "tool_call_id": call["id"], "content": boss.brief(world.act(action))})
+        lately.append(boss.brief(world.act(action)))
+        episode.message({"role": "tool", "tool_call_id": call["id"], "content": lately[-1]})
     if played.asked < world.steps:
         learned = episode.fast_weights()
         if learned["on"]:
@@ -100,8 +106,7 @@ def table(all_played: list[Played], readers: list[Reader]) -> str:
         "success, %": lambda p: 100.0 * p.success,
         "steps as the bot, %": lambda p: 100.0 * p.as_bot / max(p.steps - p.asked, 1),
         "steps before parting from it": lambda p: float(p.before_parting),
-        "steps left to the teacher": lambda p: float(p.asked),
-        "chunks learned from": lambda p: float(p.updates),
+        "steps left to the teacher, %": lambda p: 100.0 * p.asked / max(p.steps, 1),
     }
     said = lambda three, sign="": f"{three[0]:{sign}.1f} ({three[1]:{sign}.1f} to {three[2]:{sign}.1f})"
     lines = [f"| {len(whole)} seeds | " + " | ".join(measures) + " |", "| --- |" + " --- |" * len(measures)]
