@@ -5,6 +5,7 @@
 # make interop what Locum writes, opened by transformers and PEFT (fetches PyTorch, some GB; INTEROP_PYTHON=... takes yours)
 # make cuda     liblocum_cuda.so, with which students compute on an NVIDIA card; needs no card to build (fetches 105 MB)
 # make cuda-check   its tests and speed on a machine with a card, from what `make cuda-carry` put together
+# make windows  locum.dll, and hosts' whole journey with it under Wine; for Debian and its like (fetches 320 MB, half an hour on two cores)
 # make soak     the loop under load for a while (SOAK_SECONDS=600), then kills, failing disks and swaps, an hour or so (SOAK_KILLS=10000 SOAK_SWAPS=1000)
 # make valgrind C and C++ hosts with the library under Valgrind, minutes (needs valgrind)
 # make clean    throw away what was built and fetched
@@ -38,7 +39,7 @@ PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 # Downloads run while cargo compiles; `make` is called again with -j2 for that, so the user need not.
 AGAIN := $(MAKE) --no-print-directory
 
-.PHONY: valgrind cuda cuda-carry cuda-check all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
+.PHONY: valgrind windows cuda cuda-carry cuda-check all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
 
 all: build
 
@@ -145,6 +146,11 @@ cuda-carry: cuda
 
 cuda-check: cuda-carry
 	@sh core/cuda/check.sh $(CARRY) $(CUDA_OUT)
+
+# --- Windows ---
+
+windows:
+	@$(PYTHON) tests/windows/build.py --cache $(CACHE) --target $(TARGET)
 
 # --- others' libraries on our files ---
 

@@ -7,22 +7,21 @@ use std::{env, fs};
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=CXX");
+    println!("cargo:rerun-if-env-changed=CXX_x86_64_pc_windows_gnu");
     println!(
         "cargo:rustc-env=LOCUM_TARGET={}",
         env::var("TARGET").unwrap_or_default()
     );
-    if env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("linux") {
-        return;
+    let system = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
+    let gnu = env::var("CARGO_CFG_TARGET_ENV").as_deref() == Ok("gnu");
+    match system.as_str() {
+        "linux" => link_arguments(),
+        "windows" if gnu => {}
+        _ => return,
     }
-    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,liblocum.so.0");
-    // Threads of ours, and thread-local destructors on the host's threads, may still run code of ours after dlclose.
-    println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
-    // rustc exports every `#[no_mangle]` function of every crate, and llguidance has fifty of them. Ours stand in the object
-    // files of this crate, theirs in archives, whose symbols stay inside.
-    println!("cargo:rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
-    // Luau needs libstdc++. Hosts (old distributions, conda) bring older ones, so ours is linked in: a search directory
-    // that holds nothing but the static archive leaves the linker no other choice. Where there is no archive, the
-    // library simply needs libstdc++.so.
+    // Luau needs libstdc++. Hosts (old distributions, conda) bring older ones, and Windows has none, so ours is linked in: a search
+    // directory that holds nothing but the static archive leaves the linker no other choice. Where there is no archive, the library
+    // simply needs the shared one.
     if let Some(archive) = static_libstdcxx() {
         let dir =
             PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("static-cxx");
@@ -32,8 +31,20 @@ fn main() {
     }
 }
 
+fn link_arguments() {
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,liblocum.so.0");
+    // Threads of ours, and thread-local destructors on the host's threads, may still run code of ours after dlclose.
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
+    // rustc exports every `#[no_mangle]` function of every crate, and llguidance has fifty of them. Ours stand in the object
+    // files of this crate, theirs in archives, whose symbols stay inside.
+    println!("cargo:rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
+}
+
 fn static_libstdcxx() -> Option<PathBuf> {
-    let compiler = env::var("CXX").unwrap_or_else(|_| "g++".into());
+    let target = env::var("TARGET").unwrap_or_default().replace('-', "_");
+    let compiler = env::var(format!("CXX_{target}"))
+        .or_else(|_| env::var("CXX"))
+        .unwrap_or_else(|_| "g++".into());
     let output = Command::new(compiler)
         .arg("-print-file-name=libstdc++.a")
         .output()

@@ -17,7 +17,8 @@ pub fn spawn_quiet<T: Send + 'static>(
     Builder::new().name(name.into()).spawn(run)
 }
 
-/// Gives the calling thread a lower priority than the host's, by `nice`.
+/// Gives the calling thread a lower priority than the host's, by `nice`; on Windows, which has two steps below the usual one, up to 5
+/// is the first and more the second.
 pub fn give_way(nice: i32) {
     #[cfg(target_os = "linux")]
     // SAFETY: plain system calls that concern this thread only and take numbers.
@@ -25,11 +26,24 @@ pub fn give_way(nice: i32) {
         let tid = libc::syscall(libc::SYS_gettid) as libc::id_t;
         libc::setpriority(libc::PRIO_PROCESS, tid, nice);
     }
+    #[cfg(windows)]
+    // SAFETY: concerns this thread only and takes numbers; the handle is one that needs no closing.
+    unsafe {
+        use windows_sys::Win32::System::Threading::{
+            GetCurrentThread, SetThreadPriority, THREAD_PRIORITY_BELOW_NORMAL,
+            THREAD_PRIORITY_LOWEST,
+        };
+        let priority = match nice {
+            ..=5 => THREAD_PRIORITY_BELOW_NORMAL,
+            _ => THREAD_PRIORITY_LOWEST,
+        };
+        SetThreadPriority(GetCurrentThread(), priority);
+    }
     let _ = nice;
 }
 
 /// While this lives, the calling thread blocks all signals, and threads started meanwhile inherit that: the host's handlers
-/// run on the host's threads only.
+/// run on the host's threads only. Windows has no such signals: its handlers run on a thread that the system starts.
 pub struct SignalsBlocked {
     #[cfg(unix)]
     before: libc::sigset_t,

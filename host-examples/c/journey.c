@@ -10,13 +10,41 @@
 #define _POSIX_C_SOURCE 200809L
 
 #include <inttypes.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _WIN32
+#include <windows.h>
+#else
+#include <poll.h>
 #include <time.h>
+#endif
 
 #include "locum.h"
+
+/* ---------------------------------------------------------------- what differs between systems: two ways of waiting */
+
+#ifdef _WIN32
+static void nap(long ms) { Sleep((DWORD)ms); }
+
+/* Waits until events are there, for `ms` at most; the handle is an event object. */
+static void wait_for_events(int64_t handle, int ms) { WaitForSingleObject((HANDLE)(intptr_t)handle, (DWORD)ms); }
+#else
+static void nap(long ms) {
+  struct timespec t;
+  t.tv_sec = ms / 1000;
+  t.tv_nsec = ms % 1000 * 1000000L;
+  nanosleep(&t, NULL);
+}
+
+/* Waits until events are there, for `ms` at most; the handle is a descriptor. */
+static void wait_for_events(int64_t handle, int ms) {
+  struct pollfd fd;
+  fd.fd = (int)handle;
+  fd.events = POLLIN;
+  poll(&fd, 1, ms);
+}
+#endif
 
 /* ---------------------------------------------------------------- the world: a corridor with a coin in it */
 
@@ -72,13 +100,6 @@ static void stop(const char *what, int32_t status, const char *detail) {
 static void expect(int32_t expected, int32_t status, const char *what, locum_error **error) {
   if (status != expected) stop(what, status, error ? locum_error_message(*error) : "");
   if (error) locum_error_free(*error);
-}
-
-static void nap(long ms) {
-  struct timespec t;
-  t.tv_sec = ms / 1000;
-  t.tv_nsec = ms % 1000 * 1000000L;
-  nanosleep(&t, NULL);
 }
 
 /* Copies bytes into a NUL-terminated string of ours and gives them back. */
@@ -254,14 +275,12 @@ static void distil(locum l) {
 
 /* ------------------------------------------------------------------------------------------- answering */
 
-/* Waits for the end of a call the way an event loop would: on the descriptor, never inside the library. */
+/* Waits for the end of a call the way an event loop would: on the event handle, never inside the library. */
 static void wait_on_events(locum l, locum_call call) {
-  struct pollfd fd;
   int events = 0, rounds;
   size_t streamed = 0;
-  fd.fd = (int)locum_event_handle(l);
-  fd.events = POLLIN;
-  if (fd.fd < 0) stop("locum_event_handle", LOCUM_E_UNSUPPORTED, "");
+  int64_t handle = locum_event_handle(l);
+  if (handle < 0) stop("locum_event_handle", LOCUM_E_UNSUPPORTED, "");
   for (rounds = 0; rounds < 600; rounds++) {
     locum_event event = {.struct_size = sizeof event};
     locum_bytes text = {0};
@@ -270,7 +289,7 @@ static void wait_on_events(locum l, locum_call call) {
     locum_bytes_free(&text);
     if (status == LOCUM_OK) break;
     if (status != LOCUM_PENDING) stop("locum_call_poll", status, "");
-    poll(&fd, 1, 100);
+    wait_for_events(handle, 100);
     while ((status = locum_next_event(l, &event)) == LOCUM_OK) {
       events++;
       locum_bytes_free(&event.detail);

@@ -81,7 +81,9 @@ fn look_at_machine(place: &Place, found: &mut Findings) {
         Err(why) => {
             let text = format!("none is used: {why} ({})", m.graphics);
             match why {
-                DeviceError::Absent(_) | DeviceError::Off => found.note("card", &text),
+                DeviceError::Absent(_) | DeviceError::Unsupported | DeviceError::Off => {
+                    found.note("card", &text)
+                }
                 // An object is there, so somebody wants it used.
                 _ => found.bad("card", text),
             }

@@ -48,13 +48,13 @@
  *   so a program built with an older header keeps working.
  *
  * FORK. A child of fork() may not use the parent's handles: every function answers LOCUM_E_FORKED, frees nothing and
- *   touches no file. The child may call locum_open for itself.
+ *   touches no file. The child may call locum_open for itself. (Windows has no fork.)
  *
  * PROCESS. The library starts no thread before the first locum_open or locum_set_log, installs no signal handler (its
  *   threads block all signals), writes nothing to stdout or stderr, changes no environment variable, directory or locale,
- *   and exports nothing but locum_*. It stays mapped after dlclose. It brings its own SQLite and its own Lua, invisible from
- *   outside: do not open files inside the store directory with another SQLite of this process, since two copies break each
- *   other's file locks. There is no security boundary between a library and its process.
+ *   and exports nothing but locum_*. It stays mapped after dlclose or FreeLibrary. It brings its own SQLite and its own Lua,
+ *   invisible from outside: do not open files inside the store directory with another SQLite of this process, since two
+ *   copies break each other's file locks. There is no security boundary between a library and its process.
  */
 #ifndef LOCUM_H
 #define LOCUM_H
@@ -133,7 +133,8 @@ enum {
 typedef struct {
   uint32_t struct_size;
   uint32_t flags;              /* LOCUM_OPEN_*                                                              */
-  locum_str store_dir;         /* required; created with mode 0700 if missing                               */
+  locum_str store_dir;         /* required; created with mode 0700 if missing, on Windows with the access
+                                  list that the folder above passes on                                      */
   locum_str policy_path;       /* a Luau policy file; empty = the built-in default policy                   */
   locum_str base_model_dir;    /* Hugging Face folder that students start from; empty = the one imported
                                   into the store, or none: then everything is recorded, nothing is learned  */
@@ -451,8 +452,9 @@ LOCUM_API int32_t locum_call_free(locum_call call);
 
 /* ------------------------------------------------------------------------------ 6. Waiting without blocking */
 
-/* A descriptor that is readable while events wait: on Linux an eventfd, for poll, epoll, or an event loop. Never read it:
- * locum_next_event resets it when it answers LOCUM_EMPTY. It stays ours and is closed by locum_close. -1 if there is none.
+/* What is signalled while events wait. On Linux a descriptor that is readable: an eventfd, for poll, epoll, or an event
+ * loop. On Windows a HANDLE: an event object, for WaitForSingleObject and its like. Never read, reset or close it:
+ * locum_next_event resets it when none is left. It stays ours and is closed by locum_close. -1 if there is none.
  *                                                                                           [any-thread] [callback] */
 LOCUM_API int64_t locum_event_handle(locum handle);
 
@@ -461,7 +463,7 @@ LOCUM_API int64_t locum_event_handle(locum handle);
  * long; the next one given then has "dropped" in its detail.                                                          */
 LOCUM_API int32_t locum_next_event(locum handle, locum_event *out);
 
-/* For hosts that cannot watch a descriptor: `wake` is called from a thread of ours when events wait. Calls coalesce, so
+/* For hosts that cannot watch one: `wake` is called from a thread of ours when events wait. Calls coalesce, so
  * always take events until LOCUM_EMPTY; and it may only post to your loop. `wake` NULL takes it away. When this returns, the
  * function set before is not running any more, and its `done` (may be NULL) has been called. Do not hold a lock that `wake`
  * needs. If the status is an error, nothing changed and the new `done` is not called.   [any-thread] [may-block]

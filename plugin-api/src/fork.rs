@@ -3,6 +3,7 @@
 //! A fork copies one thread. Locks that other threads held stay locked for ever in the child, and our threads are gone.
 //! So every global of this crate is [`PerProcess`]: the child starts with fresh ones and leaks the old without touching
 //! a lock, and SQLite's locks are held over the fork. A handle carries the epoch it was made in, which is how one of the parent is recognised (`LOCUM_E_FORKED`).
+//! Windows has no fork: a process begins with nothing of another's.
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
@@ -15,10 +16,11 @@ pub fn epoch() -> u32 {
     EPOCH.load(Ordering::Acquire)
 }
 
-/// Watches for forks from now on. Called by the first `locum_open`; later calls do nothing.
+/// Watches for forks from now on, and keeps the library loaded. Called before the first thread of ours; later calls do nothing.
 pub fn watch() {
     static WATCH: Once = Once::new();
     WATCH.call_once(|| {
+        stay_loaded();
         #[cfg(unix)]
         // SAFETY: the handler is a plain function that lives as long as the library, which is never unloaded (build.rs);
         // SQLite's locks are taken by plain calls before the fork and given back after it; besides, one atomic is touched.
@@ -42,6 +44,25 @@ extern "C" fn in_parent() {
 extern "C" fn in_child() {
     locum_core::store::after_fork();
     EPOCH.fetch_add(1, Ordering::AcqRel);
+}
+
+/// Keeps the library in the process until that ends: threads of ours, and destructors on the host's threads, may still run code of
+/// ours after the host has let go of it. On Linux a link argument says so (build.rs).
+fn stay_loaded() {
+    #[cfg(windows)]
+    // SAFETY: the address is one of this module, and the module's handle is written to a variable of ours.
+    unsafe {
+        use windows_sys::Win32::System::LibraryLoader::{
+            GetModuleHandleExW, GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS,
+            GET_MODULE_HANDLE_EX_FLAG_PIN,
+        };
+        let mut module = std::ptr::null_mut();
+        GetModuleHandleExW(
+            GET_MODULE_HANDLE_EX_FLAG_PIN | GET_MODULE_HANDLE_EX_FLAG_FROM_ADDRESS,
+            stay_loaded as *const () as *const u16,
+            &mut module,
+        );
+    }
 }
 
 /// A global that a forked child gets afresh.
@@ -93,7 +114,7 @@ impl<T: Send + Sync> PerProcess<T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
     use std::sync::Mutex;

@@ -3,6 +3,7 @@
 //! It stands beside the library and is optional: whatever is missing (the object, the driver, cuBLAS, a card young enough, memory) is a
 //! sentence, and the processor serves. The object is loaded at the first use and never unloaded.
 
+#[cfg_attr(not(unix), path = "absent.rs")]
 mod load;
 mod serve;
 mod table;
@@ -29,6 +30,9 @@ pub enum DeviceError {
     Off,
     #[error("no {FILE} in {}", .0.display())]
     Absent(PathBuf),
+    /// No object is made for this system.
+    #[error("Locum computes on cards on Linux only")]
+    Unsupported,
     /// There is an object, and it is not the one that belongs to this library.
     #[error("{}: {why}", path.display())]
     Object { path: PathBuf, why: String },
@@ -208,7 +212,7 @@ impl Device {
                 Err(why) => {
                     match &why {
                         // Most machines have none.
-                        DeviceError::Off | DeviceError::Absent(_) => {
+                        DeviceError::Off | DeviceError::Absent(_) | DeviceError::Unsupported => {
                             tracing::debug!(%why, "the student computes on the processor")
                         }
                         _ => tracing::warn!(%why, "the student computes on the processor"),

@@ -16,6 +16,7 @@ use crate::episode::{Episode, EpisodeId};
 use crate::error::Error;
 use crate::evaluate::ttt::{self, TttVerdict};
 use crate::evaluate::{as_train, evaluate, Question};
+use crate::files::private_folder;
 use crate::gate::{self, OfflineReport, Verdict};
 use crate::generate::{Engine, Student};
 use crate::kernels::{Pool, Random};
@@ -490,11 +491,7 @@ pub fn split_path(store_dir: &Path) -> PathBuf {
 }
 
 fn private_dir(dir: &Path) -> Result<(), Error> {
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    let made = builder.create(dir);
+    let made = private_folder().recursive(true).create(dir);
     made.map_err(|e| Error::Argument(format!("{}: {e}", dir.display())))
 }
 

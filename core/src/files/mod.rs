@@ -3,12 +3,16 @@
 //! Each of these operations is a named point at which core's own tests make the disk fail or the process die (`faults`).
 
 pub mod faults;
+mod system;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
 use faults::Fate;
+pub use system::{
+    folder_is_free, free_to_move, lock_folder, owner_only, private_folder, unfollowed,
+};
 
 /// Writes a file so that it holds `bytes`, or is as it was, whatever happens meanwhile; durable on return.
 ///
@@ -22,10 +26,7 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
         faults::check("create", path)?;
         let mut new = OpenOptions::new();
         new.write(true).create(true).truncate(true);
-        // What a store holds is its user's alone.
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut new, 0o600);
-        let mut file = new.open(&temporary)?;
+        let mut file = owner_only(&mut new).open(&temporary)?;
         match faults::point("write", path)? {
             Fate::Go => file.write_all(bytes)?,
             Fate::Short(then) => {
@@ -48,10 +49,10 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// What the system says.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     faults::check("rename", to)?;
-    fs::rename(from, to)?;
+    system::rename(from, to)?;
     faults::check("sync the folder of", to)?;
     if let Some(parent) = to.parent() {
-        File::open(parent)?.sync_all()?;
+        system::sync_names(parent)?;
     }
     faults::check("after", to)
 }
@@ -67,12 +68,12 @@ pub fn sync_folder(dir: &Path) -> io::Result<()> {
             true => sync_folder(&path)?,
             false => {
                 faults::check("sync again", &path)?;
-                File::open(&path)?.sync_all()?
+                system::sync_again(&path)?
             }
         }
     }
     faults::check("sync folder", dir)?;
-    File::open(dir)?.sync_all()
+    system::sync_names(dir)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The facade: what every door (C ABI, command, Rust host) calls. It decides at the top and leaves computing to the rooms below.
 
 mod check;
+mod bell;
 mod events;
 mod fast;
 mod forget;
@@ -269,9 +270,15 @@ impl Locum {
         self.inner.events.pop()
     }
 
-    /// A descriptor that is readable while events wait (Linux), or -1. It stays ours.
-    pub fn event_fd(&self) -> i64 {
-        self.inner.events.fd()
+    /// What is signalled while events wait: on Linux a descriptor that is readable, on Windows an event object; else -1. It stays ours.
+    pub fn event_handle(&self) -> i64 {
+        self.inner.events.bell.handle()
+    }
+
+    /// The same for one thread that wants to be told once of each event: on Linux the same descriptor, to be watched for edges, on
+    /// Windows an event object that a wait resets; else -1. It stays ours.
+    pub fn event_edge(&self) -> i64 {
+        self.inner.events.bell.edge()
     }
 }
 

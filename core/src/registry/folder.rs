@@ -1,15 +1,16 @@
 //! Folders that are there whole or not at all, and digests of what is in them.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use sha2::{Digest, Sha256};
 
 use super::RegistryError;
-use crate::files::{rename, sync_folder};
+use crate::files::{
+    folder_is_free, free_to_move, lock_folder, private_folder, rename, sync_folder,
+};
 
 /// What names of unfinished folders begin with.
 const PREFIX: &str = ".tmp-";
@@ -19,15 +20,14 @@ const PREFIX: &str = ".tmp-";
 pub struct Temporary {
     path: PathBuf,
     published: bool,
-    _lock: File,
+    lock: Option<File>,
 }
 
 impl Temporary {
     /// Creates one in `parent`, and `parent` itself if need be.
     pub fn new(parent: &Path) -> Result<Temporary, RegistryError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let mut private = DirBuilder::new();
-        private.mode(0o700);
+        let mut private = private_folder();
         private
             .recursive(true)
             .create(parent)
@@ -43,7 +43,7 @@ impl Temporary {
                 other => other.map_err(|e| RegistryError::io(&path, e))?,
             }
             return Ok(Temporary {
-                _lock: lock(&path)?,
+                lock: Some(lock(&path)?),
                 path,
                 published: false,
             });
@@ -54,9 +54,10 @@ impl Temporary {
         &self.path
     }
 
-    /// Syncs everything and gives the folder its name.
+    /// Syncs everything and gives the folder its name. The caller holds the lock on the folder above.
     pub fn publish(mut self, to: &Path) -> Result<(), RegistryError> {
         sync_folder(&self.path).map_err(|e| RegistryError::io(&self.path, e))?;
+        free_to_move(&mut self.lock, &self.path);
         // The folder has its name from here on, whatever becomes of the sync behind it.
         let renamed = rename(&self.path, to);
         self.published = !self.path.exists();
@@ -67,19 +68,15 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         if !self.published {
+            free_to_move(&mut self.lock, &self.path);
             let _ = fs::remove_dir_all(&self.path);
         }
     }
 }
 
-/// Waits for the lock on a folder; the kernel gives it back when the file is dropped or the process ends.
+/// Waits for the lock on a folder; the system gives it back when the file is dropped or the process ends.
 pub fn lock(dir: &Path) -> Result<File, RegistryError> {
-    let open = || {
-        let file = File::open(dir)?;
-        file.lock()?;
-        Ok(file)
-    };
-    open().map_err(|e| RegistryError::io(dir, e))
+    lock_folder(dir).map_err(|e| RegistryError::io(dir, e))
 }
 
 /// Removes unfinished folders whose writers are gone. A folder that is not there or may not be written is left as it is.
@@ -97,9 +94,7 @@ pub fn unfinished(parent: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
     let begun = entries.filter(|e| e.file_name().to_string_lossy().starts_with(PREFIX));
     let paths = begun.map(|entry| entry.path());
-    paths
-        .filter(|path| File::open(path).is_ok_and(|f| f.try_lock().is_ok()))
-        .collect()
+    paths.filter(|path| folder_is_free(path)).collect()
 }
 
 /// The finished folders of a folder, by name; none if it is not there.

@@ -1,11 +1,14 @@
 //! What this machine is and has left, read from the system when asked.
 
-use std::path::Path;
+#[cfg_attr(windows, path = "machine_windows.rs")]
+#[cfg_attr(not(windows), path = "machine_unix.rs")]
+mod system;
 
 use serde::{Deserialize, Serialize};
 
 use super::Fact;
 use crate::kernels;
+pub use system::disk_free_bytes;
 
 /// A machine in numbers. Zero and empty mean that the system does not say.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -26,12 +29,7 @@ pub struct Machine {
 
 /// Looks at the machine. Reads a few small files of the system, so not for the path of a step.
 pub fn machine() -> Machine {
-    let memory = |name: &str| {
-        field("/proc/meminfo", name)
-            .and_then(|v| v.split(' ').next()?.parse::<u64>().ok())
-            .unwrap_or(0)
-            * 1024
-    };
+    let (memory_bytes, memory_free_bytes) = system::memory();
     let f = kernels::features();
     let known = [
         ("AVX2 and FMA", f.avx2_fma),
@@ -59,50 +57,19 @@ pub fn machine() -> Machine {
         _ => "AVX2 with FMA and F16C is not here",
     };
     let kernels = format!("{plain}{bf16}; q8 and q4 with {path:?} ({why})");
-    let graphics = match Path::new("/proc/driver/nvidia/version").exists() {
-        true => "an NVIDIA driver is here",
-        false => "no NVIDIA driver found",
-    };
     Machine {
-        processor: field("/proc/cpuinfo", "model name")
-            .unwrap_or_else(|| std::env::consts::ARCH.into()),
+        processor: system::processor().unwrap_or_else(|| std::env::consts::ARCH.into()),
         cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        memory_bytes: memory("MemTotal"),
-        memory_free_bytes: memory("MemAvailable"),
+        memory_bytes,
+        memory_free_bytes,
         features: known
             .iter()
             .filter(|k| k.1)
             .map(|k| k.0.to_string())
             .collect(),
         kernels,
-        graphics: graphics.into(),
+        graphics: system::graphics().into(),
     }
-}
-
-/// Bytes that this user may still write to the file system that holds `path` or its nearest existing parent;
-/// `None` where the system does not say.
-#[cfg(unix)]
-pub fn disk_free_bytes(path: &Path) -> Option<u64> {
-    use std::os::unix::ffi::OsStrExt;
-    let absolute = std::path::absolute(path).ok()?;
-    let place = absolute.ancestors().find(|p| p.exists())?;
-    let name = std::ffi::CString::new(place.as_os_str().as_bytes()).ok()?;
-    let mut found = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: `name` ends in a zero byte and `found` has room for what statvfs writes when it returns 0.
-    let found = unsafe {
-        if libc::statvfs(name.as_ptr(), found.as_mut_ptr()) != 0 {
-            return None;
-        }
-        found.assume_init()
-    };
-    #[allow(clippy::unnecessary_cast)] // the width of these fields differs between systems
-    Some(found.f_bavail as u64 * found.f_frsize as u64)
-}
-
-/// Bytes that this user may still write; not known on this system.
-#[cfg(not(unix))]
-pub fn disk_free_bytes(_: &Path) -> Option<u64> {
-    None
 }
 
 impl Machine {
@@ -127,15 +94,6 @@ impl Machine {
     }
 }
 
-/// The value after `name:` in a file of lines; the first one.
-fn field(file: &str, name: &str) -> Option<String> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let line = text
-        .lines()
-        .find_map(|l| l.strip_prefix(name)?.trim_start().strip_prefix(':'))?;
-    Some(line.trim().to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,7 +102,7 @@ mod tests {
     fn the_machine_is_described_in_words_and_numbers() {
         let machine = machine();
         assert!(machine.cores >= 1 && !machine.processor.is_empty());
-        if cfg!(target_os = "linux") {
+        if cfg!(any(target_os = "linux", windows)) {
             assert!(
                 machine.memory_bytes >= machine.memory_free_bytes && machine.memory_free_bytes > 0
             );
@@ -152,7 +110,6 @@ mod tests {
         assert!(machine.facts().iter().all(|f| !f.value.is_empty()));
     }
 
-    #[cfg(unix)]
     #[test]
     fn free_space_is_told_for_a_folder_that_is_not_there_yet() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,13 +1,13 @@
 //! The database file: opened safely, brought to the newest schema, refused with a sentence otherwise.
 
-use std::fs::{DirBuilder, OpenOptions};
+use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior};
 
 use super::{StoreError, StoreOptions};
-use crate::files::faults;
+use crate::files::{faults, owner_only, private_folder, unfollowed};
 
 /// Name of the database inside the store's folder.
 pub const DATABASE: &str = "locum.db";
@@ -23,18 +23,15 @@ const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("schema_2
 /// The newest schema version this build writes.
 pub const SCHEMA_VERSION: u32 = MIGRATIONS.len() as u32;
 
-/// Makes the store's folder (mode 0700) or checks the one that is there, and returns its real path.
+/// Makes the store's folder (its user's alone) or checks the one that is there, and returns its real path.
 pub fn prepare_folder(dir: &Path, read_only: bool) -> Result<PathBuf, StoreError> {
     let failed = |source| StoreError::Folder {
         path: dir.to_path_buf(),
         source,
     };
     if !read_only && !dir.exists() {
-        let mut builder = DirBuilder::new();
-        builder.recursive(true);
-        #[cfg(unix)]
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.create(dir).map_err(failed)?;
+        let made = private_folder().recursive(true).create(dir);
+        made.map_err(failed)?;
     }
     let real = dir.canonicalize().map_err(failed)?;
     let facts = real.metadata().map_err(failed)?;
@@ -54,30 +51,21 @@ pub fn prepare_folder(dir: &Path, read_only: bool) -> Result<PathBuf, StoreError
     Ok(real)
 }
 
-/// Opens a private file beside the database for locking: mode 0600, never through a symbolic link.
+/// Opens a private file beside the database for locking, never through a symbolic link.
 pub fn private_file(path: &Path) -> std::io::Result<std::fs::File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::OpenOptionsExt;
-        options
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
-    }
-    options.open(path)
+    unfollowed(owner_only(&mut options)).open(path)
 }
 
 /// Opens the connection that writes, creating the file and its schema where needed.
 pub fn open_writer(dir: &Path, options: &StoreOptions) -> Result<Connection, StoreError> {
     let path = dir.join(DATABASE);
-    // The file is made here so that its mode never is anything but 0600. An existing one must not be
+    // The file is made here so that it never is anybody else's to read. An existing one must not be
     // opened by us: closing it would drop the locks of another connection of this process (SQLite,
     // "How To Corrupt An SQLite Database File", 2.2).
     let mut new = OpenOptions::new();
-    new.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut new, 0o600);
+    owner_only(new.write(true).create_new(true));
     let made = faults::check("make", &path).and_then(|()| new.open(&path));
     match made {
         Ok(_) => {}

@@ -568,8 +568,8 @@ fn is_full(error: &rusqlite::Error) -> bool {
 
 /// An error of a fault point, as SQLite would have told it.
 pub fn said_by_the_disk(error: std::io::Error) -> rusqlite::Error {
-    let code = match error.raw_os_error() {
-        Some(libc::ENOSPC) => rusqlite::ffi::SQLITE_FULL,
+    let code = match error.kind() {
+        std::io::ErrorKind::StorageFull => rusqlite::ffi::SQLITE_FULL,
         _ => rusqlite::ffi::SQLITE_IOERR,
     };
     rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), Some(error.to_string()))
