@@ -229,7 +229,7 @@ pub fn run(
     let held_out_loss = trained.curve.last().and_then(|p| p.held_out_loss);
     // What is judged is what will be served.
     let served = trained.model.clone();
-    let served = Arc::new(served.packed_beside(context.weights, &context.base.model));
+    let mut served = served.packed_beside(context.weights, &context.base.model);
     let mut go_on = || tell(&Stage::Evaluating { done: 0, of: 1 }) == Flow::Go;
     let ttt = match served.config.ttt {
         Some(_) => {
@@ -242,6 +242,14 @@ pub fn run(
         }
         None => None,
     };
+    if let Some(verdict) = &ttt {
+        for model in [&mut served, &mut trained.model] {
+            if let Some(ttt) = &mut model.config.ttt {
+                ttt.lr *= verdict.step;
+            }
+        }
+    }
+    let served = Arc::new(served);
     let learns = ttt.as_ref().is_some_and(|verdict| verdict.learns);
     let mut candidate = Student {
         id: String::new(),

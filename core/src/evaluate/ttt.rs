@@ -21,6 +21,14 @@ const SINK: usize = 16;
 const SEED: u64 = 20_260_406;
 /// Episodes that a verdict needs.
 const MIN_EPISODES: usize = 5;
+/// One text in so many may drift past the cap before the step is halved, and how often it is at most.
+const PAST_CAP_ONE_IN: u64 = 10;
+const MAX_HALVINGS: i32 = 4;
+/// Everything in reach, nothing learned.
+const AS_TRAINED: Reading = Reading {
+    learning: false,
+    window: None,
+};
 
 /// An episode, or what of it a prompt shows, as one text with the teacher's actions in it.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,21 +103,35 @@ fn read_and_watch(
     updates: &mut Vec<(u16, Update)>,
 ) -> Result<(Vec<Seen>, bool), ModelError> {
     let mut seen = read_until_past_cap(pool, model, stream, how, updates)?;
-    let tripped = updates.iter().find(|update| update.1.tripped);
-    let Some(edge) = tripped.map(|update| update.1.position) else {
+    if !updates.iter().any(|update| update.1.tripped) {
         return Ok((seen, false));
-    };
+    }
     let off = Reading {
         learning: false,
         ..how
     };
     let as_trained = read_until_past_cap(pool, model, stream, off, &mut Vec::new())?;
+    let tripped = go_on_as_trained(stream, &mut seen, &as_trained, updates);
+    Ok((seen, tripped))
+}
+
+/// Puts what was seen with updates off in the place of all that lies behind the first update past its cap; whether there was one.
+fn go_on_as_trained(
+    stream: &Stream,
+    seen: &mut [Seen],
+    as_trained: &[Seen],
+    updates: &[(u16, Update)],
+) -> bool {
+    let tripped = updates.iter().find(|update| update.1.tripped);
+    let Some(edge) = tripped.map(|update| update.1.position) else {
+        return false;
+    };
     for (at, span) in stream.actions.iter().enumerate() {
         if span.end > edge {
             seen[at] = as_trained[at];
         }
     }
-    Ok((seen, true))
+    true
 }
 
 /// Reads up to the piece in which an update passes its cap; what lies behind is worth nothing then.
@@ -273,11 +295,19 @@ pub struct TttVerdict {
     /// Texts in which a layer drifted past its cap, and which were read on with updates off.
     #[serde(default)]
     pub past_cap: u64,
+    /// What the trained step size is to be multiplied by for serving.
+    #[serde(default = "whole_step")]
+    pub step: f32,
+}
+
+fn whole_step() -> f32 {
+    1.0
 }
 
 /// Judges the updates of a model with TTT layers on held-out texts, by what it thinks of the teacher's actions with them and without:
-/// they are for serving only if the interval of the paired difference lies above 0. `go_on` is asked before each text; `None` comes back
-/// when it says no.
+/// they are for serving only if the interval of the paired difference lies above 0. Where more than one text in ten drifts past the cap,
+/// the step is halved, since such a text costs a step of the teacher and the rest of what could be learned; this chooses by reach alone,
+/// so the verdict is none the rosier for it. `go_on` is asked before each text; `None` comes back when it says no.
 ///
 /// # Errors
 /// The model's, for a text that is too long.
@@ -294,21 +324,39 @@ pub fn judge(
         .iter()
         .filter(|stream| stream.actions.iter().any(|span| span.start > chunk))
         .collect();
-    let (mut on, mut off): (Vec<(EpisodeId, Vec<Seen>)>, Vec<_>) = Default::default();
-    let mut past_cap = 0;
+    let mut off = Vec::new();
     for stream in &long {
         if !go_on() {
             return Ok(None);
         }
-        for (learning, readings) in [(true, &mut on), (false, &mut off)] {
+        off.push((stream.episode, read(pool, model, stream, AS_TRAINED)?));
+    }
+    let (mut step, mut on, mut past_cap);
+    let mut halvings = 0;
+    loop {
+        step = 0.5f32.powi(halvings);
+        let mut model = Model::clone(model);
+        if let Some(ttt) = &mut model.config.ttt {
+            ttt.lr *= step;
+        }
+        (on, past_cap) = (Vec::new(), 0);
+        for (stream, (_, as_trained)) in long.iter().zip(&off) {
+            if !go_on() {
+                return Ok(None);
+            }
+            let mut updates = Vec::new();
             let how = Reading {
-                learning,
+                learning: true,
                 window: None,
             };
-            let (seen, tripped) = read_and_watch(pool, model, stream, how, &mut Vec::new())?;
-            past_cap += u64::from(tripped);
-            readings.push((stream.episode, seen));
+            let mut seen = read_until_past_cap(pool, &model, stream, how, &mut updates)?;
+            past_cap += u64::from(go_on_as_trained(stream, &mut seen, as_trained, &updates));
+            on.push((stream.episode, seen));
         }
+        if past_cap * PAST_CAP_ONE_IN <= long.len() as u64 || halvings == MAX_HALVINGS {
+            break;
+        }
+        halvings += 1;
     }
     let (on, off) = (by_episode(on), by_episode(off));
     let difference = difference(&on, &off, Part::All, alpha);
@@ -324,9 +372,13 @@ pub fn judge(
     let capped = match past_cap {
         0 => String::new(),
         n => format!(
-            "; {n} of {} texts drifted past the cap and were read on without: a smaller step (`ttt_lr`) reaches further",
+            "; {n} of {} texts drifted past the cap and were read on without",
             long.len()
         ),
+    };
+    let halved = match halvings {
+        0 => String::new(),
+        _ => format!("; at {step} of the step, so that texts stay below the cap"),
     };
     let (learns, reason) = match on.len() {
         0 => (
@@ -337,10 +389,10 @@ pub fn judge(
             false,
             format!("fast weights off: {n} held-out episodes are longer than a chunk, {MIN_EPISODES} are needed"),
         ),
-        _ if gain.low > 0.0 => (true, format!("fast weights on: {measured}{capped}")),
+        _ if gain.low > 0.0 => (true, format!("fast weights on: {measured}{halved}{capped}")),
         _ => (
             false,
-            format!("fast weights off, for they were not seen to help: {measured}{capped}"),
+            format!("fast weights off, for they were not seen to help: {measured}{halved}{capped}"),
         ),
     };
     Ok(Some(TttVerdict {
@@ -351,6 +403,7 @@ pub fn judge(
         actions,
         tokens: long.iter().map(|s| s.ids.len() as u64).sum(),
         past_cap,
+        step,
     }))
 }
 

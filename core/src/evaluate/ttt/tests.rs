@@ -389,3 +389,43 @@ fn the_texts_of_an_episode_hold_all_its_actions_up_to_the_limit() {
     let got: Vec<_> = got.into_iter().map(|s| (s.ids.len(), s.actions)).collect();
     assert_eq!(got, want);
 }
+
+#[test]
+fn a_step_that_drifts_past_the_cap_is_halved_until_texts_stay_below() {
+    let pool = Pool::new(2, 0);
+    let mut model = learner(0.02, 5);
+    let streams: Vec<Stream> = (0..6).map(|seed| stream(300, seed)).collect();
+    let verdict = |model: &Model| {
+        let verdict = judge(&pool, model, &streams, 0.05, &mut || true);
+        verdict.unwrap().unwrap()
+    };
+    let free = verdict(&model);
+    assert_eq!((free.step, free.past_cap), (1.0, 0));
+    let on = Reading {
+        learning: true,
+        ..WHOLE
+    };
+    let furthest = |stream: &Stream| {
+        let mut updates = Vec::new();
+        read_and_watch(&pool, &model, stream, on, &mut updates).unwrap();
+        updates.iter().map(|u| u.1.drift).fold(0.0, f32::max)
+    };
+    let (least, most) = streams
+        .iter()
+        .map(furthest)
+        .fold((f32::MAX, 0f32), |(l, m), d| (l.min(d), m.max(d)));
+    assert!(least > 0.8 * most, "{least} {most}");
+    // All texts are past the cap at the whole step, none at half of it.
+    model.config.ttt.as_mut().unwrap().max_drift = Some(0.7 * most);
+    let halved = verdict(&model);
+    assert_eq!((halved.step, halved.past_cap), (0.5, 0));
+    assert!(
+        halved.reason.contains("at 0.5 of the step"),
+        "{}",
+        halved.reason
+    );
+    // Where no step of those tried is small enough, the verdict says how many texts were read on without.
+    model.config.ttt.as_mut().unwrap().max_drift = Some(1e-6 * most);
+    let capped = verdict(&model);
+    assert_eq!((capped.step, capped.past_cap), (1.0 / 16.0, 6));
+}
