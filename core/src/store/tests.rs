@@ -1064,19 +1064,23 @@ fn child_that_records_until_it_is_killed() {
 
 #[test]
 fn a_process_killed_at_any_moment_leaves_every_step_it_was_told_is_durable() {
-    use std::io::Read;
+    use std::io::{BufRead, BufReader, Read};
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("s");
     let kills = 30u64;
     let mut promised = Vec::new();
     for n in 1..=kills {
         let mut process = child("child_that_records_until_it_is_killed", &dir, n, u32::MAX);
-        let mut out = process.stdout.take().unwrap();
-        // The moments are spread from before the first record to well into the recording.
-        std::thread::sleep(Duration::from_millis(10 + n * n * 7 % 120));
+        let mut out = BufReader::new(process.stdout.take().unwrap());
+        let mut text = String::new();
+        // The moments are spread from before the first record to well into the recording; every second one is behind a step that is
+        // durable, however slow the machine.
+        while n % 2 == 0 && !text.contains("durable ") {
+            assert!(out.read_line(&mut text).unwrap() > 0, "{text}");
+        }
+        std::thread::sleep(Duration::from_millis(n * n * 7 % 120));
         process.kill().unwrap();
         process.wait().unwrap();
-        let mut text = String::new();
         out.read_to_string(&mut text).unwrap();
         // The last line may be cut off by the kill.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
@@ -1086,14 +1090,8 @@ fn a_process_killed_at_any_moment_leaves_every_step_it_was_told_is_durable() {
             .max();
         promised.push((n, durable));
     }
-    assert!(
-        promised
-            .iter()
-            .filter(|(_, durable)| durable.is_some())
-            .count()
-            > 5,
-        "{promised:?}"
-    );
+    let durable = promised.iter().filter(|(_, durable)| durable.is_some());
+    assert!(durable.count() as u64 >= kills / 2 - 1, "{promised:?}");
     let store = open(&dir);
     for (n, durable) in promised {
         let Some(durable) = durable else { continue };
