@@ -394,7 +394,12 @@ fn the_texts_of_an_episode_hold_all_its_actions_up_to_the_limit() {
 fn a_step_that_drifts_past_the_cap_is_halved_until_texts_stay_below() {
     let pool = Pool::new(2, 0);
     let mut model = learner(0.02, 5);
-    let streams: Vec<Stream> = (0..6).map(|seed| stream(300, seed)).collect();
+    // One text in six episodes, so that all of them drift alike.
+    let streams = (0..6).map(|i| Stream {
+        episode: EpisodeId::new(i, 1),
+        ..stream(300, 77)
+    });
+    let streams: Vec<Stream> = streams.collect();
     let verdict = |model: &Model| {
         let verdict = judge(&pool, model, &streams, 0.05, &mut || true);
         verdict.unwrap().unwrap()
@@ -405,18 +410,11 @@ fn a_step_that_drifts_past_the_cap_is_halved_until_texts_stay_below() {
         learning: true,
         ..WHOLE
     };
-    let furthest = |stream: &Stream| {
-        let mut updates = Vec::new();
-        read_and_watch(&pool, &model, stream, on, &mut updates).unwrap();
-        updates.iter().map(|u| u.1.drift).fold(0.0, f32::max)
-    };
-    let (least, most) = streams
-        .iter()
-        .map(furthest)
-        .fold((f32::MAX, 0f32), |(l, m), d| (l.min(d), m.max(d)));
-    assert!(least > 0.8 * most, "{least} {most}");
+    let mut updates = Vec::new();
+    read_and_watch(&pool, &model, &streams[0], on, &mut updates).unwrap();
+    let most = updates.iter().map(|u| u.1.drift).fold(0.0, f32::max);
     // All texts are past the cap at the whole step, none at half of it.
-    model.config.ttt.as_mut().unwrap().max_drift = Some(0.7 * most);
+    model.config.ttt.as_mut().unwrap().max_drift = Some(0.75 * most);
     let halved = verdict(&model);
     assert_eq!((halved.step, halved.past_cap), (0.5, 0));
     assert!(
