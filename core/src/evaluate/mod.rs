@@ -16,6 +16,8 @@ use crate::train::{self, TrainError};
 const IN_FLIGHT: usize = 8;
 /// Longest a reply may take before the step counts as unanswered: long enough that no busy machine makes a student worse.
 const REPLY_SECONDS: u64 = 3600;
+/// Time between two looks whether to go on, while a reply is waited for.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// A held-out step with the tools it was played with.
 pub struct Question<'a> {
@@ -25,7 +27,7 @@ pub struct Question<'a> {
 
 /// Asks the student every question greedily, in the background of live serving, and compares. `held_out_share` is reported as given.
 /// Questions that follow one another in one text are asked one after another, so that each reads only what is new.
-/// `go_on` is asked between replies; `None` comes back when it says no.
+/// `go_on` is asked between replies and four times a second while one is waited for; `None` comes back when it says no.
 ///
 /// # Errors
 /// [`TrainError`] if the loss cannot be computed.
@@ -66,10 +68,15 @@ pub fn evaluate(
             return Ok(None);
         }
         let question = &questions[at];
-        let reply = ticket.and_then(|t| {
-            t.wait(Duration::from_secs(REPLY_SECONDS));
-            t.outcome()
-        });
+        if let Some(ticket) = &ticket {
+            let due = Instant::now() + Duration::from_secs(REPLY_SECONDS);
+            while !ticket.wait(LOOK) && Instant::now() < due {
+                if !go_on(done) {
+                    return Ok(None);
+                }
+            }
+        }
+        let reply = ticket.and_then(|t| t.outcome());
         let drifted = matches!(reply, Some(Err(GenerateError::Drifted { .. })));
         let said = match reply {
             Some(Ok(reply)) => question.calls.parse_reply(&reply.text).ok(),

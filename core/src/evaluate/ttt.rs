@@ -282,7 +282,7 @@ fn mean(values: &[f64]) -> Option<f64> {
 }
 
 /// Whether a student's updates are on when it serves, and why.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TttVerdict {
     pub learns: bool,
     /// A sentence.
