@@ -8,7 +8,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::calls::CallFormat;
-use crate::chat::{render_sample, Chat};
+use crate::chat::{render_sample, Chat, Memo};
 use crate::curate::{Curated, Kept};
 use crate::episode::{EpisodeId, Split, Step, Task, ToolCall, ToolSpec};
 use crate::limits::{MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS};
@@ -126,8 +126,8 @@ pub fn build(curated: &Curated, chat: &Chat, view: &View) -> Dataset {
 
 /// Samples of kept episodes alone, without hash: for evaluations.
 pub fn of_kept(kept: &[Kept], chat: &Chat, view: &View) -> Dataset {
-    let render = |calls: &CallFormat, task: &Task, before: &[Step], step: &Step| {
-        render_sample(chat, view, calls, task, before, Some(step))
+    let render = |calls: &CallFormat, task: &Task, before: &[Step], step: &Step, memo: &Memo| {
+        render_sample(chat, view, calls, task, before, Some(step), memo)
             .map_err(|error| error.to_string())
     };
     from_targets(kept, BuildOptions::default().max_tokens, &render)
@@ -137,8 +137,8 @@ pub fn of_kept(kept: &[Kept], chat: &Chat, view: &View) -> Dataset {
 /// express, a prompt that the view cannot make short enough) is named in `skipped`; the others are not touched by it. The
 /// same curation gives the same samples in the same order.
 pub fn build_with(curated: &Curated, chat: &Chat, view: &View, options: &BuildOptions) -> Dataset {
-    let render = |calls: &CallFormat, task: &Task, before: &[Step], step: &Step| {
-        render_sample(chat, view, calls, task, before, Some(step))
+    let render = |calls: &CallFormat, task: &Task, before: &[Step], step: &Step, memo: &Memo| {
+        render_sample(chat, view, calls, task, before, Some(step), memo)
             .map_err(|error| error.to_string())
     };
     let mut dataset = from_targets(&curated.kept, options.max_tokens, &render);
@@ -169,18 +169,21 @@ pub fn build_with(curated: &Curated, chat: &Chat, view: &View, options: &BuildOp
 }
 
 type Render<'a> =
-    dyn Fn(&CallFormat, &Task, &[Step], &Step) -> Result<(Vec<u32>, Vec<u32>), String> + 'a;
+    dyn Fn(&CallFormat, &Task, &[Step], &Step, &Memo) -> Result<(Vec<u32>, Vec<u32>), String> + 'a;
 
 fn from_targets(kept: &[Kept], max_tokens: usize, render: &Render<'_>) -> Dataset {
     let mut dataset = Dataset::default();
     let mut formats = Formats::default();
     for kept in kept {
-        let episode = &kept.episode;
+        let (episode, memo) = (&kept.episode, Memo::default());
         for position in kept.targets() {
             let step = &episode.steps[position];
             let sample = formats
                 .of(&episode.tools)
-                .and_then(|calls| render(calls, &episode.task, &episode.steps[..position], step))
+                .and_then(|calls| {
+                    let before = &episode.steps[..position];
+                    render(calls, &episode.task, before, step, &memo)
+                })
                 .and_then(|(prompt, reply)| {
                     let total = prompt.len() + reply.len();
                     if total > max_tokens {
@@ -312,6 +315,7 @@ mod tests {
         _: &Task,
         before: &[Step],
         step: &Step,
+        _: &Memo,
     ) -> Result<(Vec<u32>, Vec<u32>), String> {
         let reply = calls.print_reply(step).map_err(|e| e.to_string())?;
         Ok((

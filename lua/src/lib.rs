@@ -38,6 +38,7 @@ use locum_core::policy::{
     ToolInfo, WorldInfo,
 };
 use locum_core::view::View;
+use mlua::Table;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -185,6 +186,17 @@ impl LuaPolicy {
         bytes: usize,
         read: impl FnOnce(Returned) -> Result<T, Failure>,
     ) -> Option<Result<T, Failure>> {
+        let make = |state: &mut Sandbox| convert::argument(state.lua(), argument);
+        self.ask_with(hook, make, bytes, read)
+    }
+
+    fn ask_with<T>(
+        &self,
+        hook: Hook,
+        make: impl FnOnce(&mut Sandbox) -> Result<Table, Failure>,
+        bytes: usize,
+        read: impl FnOnce(Returned) -> Result<T, Failure>,
+    ) -> Option<Result<T, Failure>> {
         if !self.has[hook as usize] {
             return None;
         }
@@ -193,21 +205,21 @@ impl LuaPolicy {
         let result = if meter.is_off() {
             Err(Failure::Off)
         } else {
-            self.run(hook, argument, bytes, read)
+            self.run(hook, make, bytes, read)
         };
         self.book(hook, begin.elapsed(), result.as_ref().err());
         Some(result)
     }
 
-    fn run<A: Serialize, T>(
+    fn run<T>(
         &self,
         hook: Hook,
-        argument: &A,
+        make: impl FnOnce(&mut Sandbox) -> Result<Table, Failure>,
         bytes: usize,
         read: impl FnOnce(Returned) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let mut state = self.pool.take(hook).ok_or(Failure::Busy)?;
-        let result = convert::argument(state.lua(), argument)
+        let result = make(&mut state)
             .and_then(|table| state.call(hook, table, bytes))
             .and_then(|values| read(Returned::from(values)));
         if !hook.is_hot() {
@@ -278,7 +290,8 @@ impl Policy for LuaPolicy {
     }
 
     fn decide(&self, step: &StepInfo) -> Choice {
-        match self.ask(Hook::Decide, step, 0, |values| values.choice("student")) {
+        let make = |state: &mut Sandbox| state.step(step);
+        match self.ask_with(Hook::Decide, make, 0, |values| values.choice("student")) {
             Some(Ok(choice)) => choice,
             Some(Err(failure)) => Choice::teacher(failed(Hook::Decide, &failure)),
             None if step.student.is_some() => Choice::student("a student is offered"),

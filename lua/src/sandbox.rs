@@ -10,10 +10,12 @@ use std::sync::{mpsc, Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use locum_core::limits;
+use locum_core::policy::StepInfo;
 use mlua::chunk::{ChunkMode, Compiler};
 use mlua::{Function, Lua, LuaOptions, MultiValue, StdLib, Table, Value, Variadic};
 use sha2::{Digest, Sha256};
 
+use crate::convert::Steps;
 use crate::hooks::{At, Failure, Hook, LOAD_LIMIT};
 use crate::watchdog::{TimeLimit, Watch, Watchdog};
 use crate::PolicyError;
@@ -266,6 +268,8 @@ pub struct Sandbox {
     bounds: Table,
     /// Calls a hook with its argument frozen.
     enter: Function,
+    /// Makes arguments of `decide`.
+    steps: Steps,
     name: String,
     memory_bytes: usize,
     pub calls: u32,
@@ -284,7 +288,12 @@ impl Sandbox {
             name: name.clone(),
             message: one_line(&e.to_string()),
         };
-        let Frozen { lua, bounds, enter } = frozen_state(program).map_err(state_error)?;
+        let Frozen {
+            lua,
+            bounds,
+            enter,
+            step,
+        } = frozen_state(program).map_err(state_error)?;
         let watch = watchdog.watch(&lua).map_err(state_error)?;
         let load_error = |message: String| PolicyError::Load { message };
         let chunk = lua
@@ -321,6 +330,7 @@ impl Sandbox {
             policy,
             bounds,
             enter,
+            steps: Steps::new(step),
             name: name.clone(),
             memory_bytes: program.memory_bytes,
             calls: 0,
@@ -356,6 +366,14 @@ impl Sandbox {
         }
         self.calls += 1;
         result
+    }
+
+    /// The argument of `decide` as a table.
+    ///
+    /// # Errors
+    /// [`Failure::Memory`] where the state has no room for it.
+    pub fn step(&mut self, step: &StepInfo) -> Result<Table, Failure> {
+        self.steps.table(&self.lua, step)
     }
 
     /// Calls any function of this state under a time limit.
@@ -416,6 +434,7 @@ struct Frozen {
     lua: Lua,
     bounds: Table,
     enter: Function,
+    step: Function,
 }
 
 /// A state with the allowed surface and nothing else, frozen, with its memory limit.
@@ -441,13 +460,18 @@ fn frozen_state(program: &Program) -> mlua::Result<Frozen> {
     globals.raw_set("locum", locum)?;
     let bounds = lua.create_table()?;
     bounds.raw_set("work", WORK)?;
-    let enter = lua
+    let (enter, step) = lua
         .load(include_str!("prelude.lua"))
         .set_name("=[locum]")
-        .call::<Function>(bounds.clone())?;
+        .call::<(Function, Function)>(bounds.clone())?;
     lua.sandbox(true)?;
     lua.set_memory_limit(program.memory_bytes)?;
-    Ok(Frozen { lua, bounds, enter })
+    Ok(Frozen {
+        lua,
+        bounds,
+        enter,
+        step,
+    })
 }
 
 fn keep_only_allowed(globals: &Table) -> mlua::Result<()> {

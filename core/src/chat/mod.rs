@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 pub use grammar::Grammar;
 pub use template::Template;
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Memo, Tokenizer};
 
 use crate::calls::{CallError, CallFormat};
 use crate::episode::{Step, Task};
@@ -185,6 +185,10 @@ impl Chat {
     /// # Errors
     /// [`ChatError::Render`] if the template refuses.
     pub fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>, ChatError> {
+        self.prompt_ids_with(prompt, &Memo::default())
+    }
+
+    fn prompt_ids_with(&self, prompt: &Prompt, memo: &Memo) -> Result<Vec<u32>, ChatError> {
         let earlier = prompt.earlier.iter();
         let mut texts: Vec<&str> = earlier.flat_map(|(a, b)| [&a[..], &b[..]]).collect();
         texts.extend([&prompt.system[..], &prompt.user[..]]);
@@ -199,7 +203,7 @@ impl Chat {
         };
         Ok(self
             .tokenizer
-            .encode_guarded(&self.prompt_text(&guarded)?, &guard))
+            .encode_guarded(&self.prompt_text(&guarded)?, &guard, memo))
     }
 
     /// The reply's tokens and the end of the turn. `prompt_ids` followed by `reply_ids` are the tokens of the whole text
@@ -263,8 +267,8 @@ impl Chat {
     }
 
     /// Tokens of a text without special tokens: what a view counts with.
-    pub fn count(&self, text: &str) -> usize {
-        self.tokenizer.encode(text, false).len()
+    pub fn count(&self, text: &str, memo: &Memo) -> usize {
+        memo.with(&self.tokenizer, text, <[u32]>::len)
     }
 
     /// SHA-256 (hex) over tokenizer, template and end of turn.
@@ -274,7 +278,7 @@ impl Chat {
 }
 
 /// One training or evaluation sample: the prompt's tokens before an agent's step, and the tokens of what the step says
-/// (empty without a `target`).
+/// (empty without a `target`). `memo` is the episode's.
 ///
 /// # Errors
 /// The view's if the prompt cannot be made short enough, the calls' if the step has no compact form.
@@ -285,13 +289,14 @@ pub fn render_sample(
     task: &Task,
     steps_before: &[Step],
     target: Option<&Step>,
+    memo: &Memo,
 ) -> Result<(Vec<u32>, Vec<u32>), ChatError> {
-    let prompt = view.render(task, steps_before, calls, &|text| chat.count(text))?;
+    let prompt = view.render(task, steps_before, calls, &|text| chat.count(text, memo))?;
     let reply = match target {
         Some(step) => chat.reply_ids(&calls.print_reply(step)?),
         None => Vec::new(),
     };
-    Ok((chat.prompt_ids(&prompt)?, reply))
+    Ok((chat.prompt_ids_with(&prompt, memo)?, reply))
 }
 
 fn turn(role: &str, content: &str) -> Value {

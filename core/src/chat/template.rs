@@ -9,6 +9,10 @@ use super::{hex, ChatError};
 
 /// Largest template source, in bytes.
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
+/// Instructions that one rendering may take, about a second; a message takes some forty.
+const MAX_FUEL: u64 = 20_000_000;
+/// Widest indentation of JSON in a template.
+const MAX_INDENT: usize = 16;
 const NAME: &str = "chat_template";
 
 /// A compiled chat template. `enable_thinking` is always false: a student answers with a call, not with reasoning.
@@ -37,6 +41,7 @@ impl Template {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(MAX_FUEL));
         environment.add_function(
             "raise_exception",
             |message: String| -> Result<String, Error> {
@@ -119,10 +124,10 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else {
+        let Some(length) = rest[start + 2..].find("%}") else {
             break;
         };
-        let tag = &rest[start..start + length + 2];
+        let tag = &rest[start..start + length + 4];
         let inner = &tag[2..tag.len() - 2];
         let word = inner.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
         out.push_str(&rest[..start]);
@@ -140,6 +145,10 @@ fn without_generation_tags(source: &str) -> String {
 /// Python's `json.dumps(value, ensure_ascii=False)`, which transformers puts in the place of Jinja's own filter.
 fn to_json(value: minijinja::Value, options: Kwargs) -> Result<minijinja::Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
+    if indent > Some(MAX_INDENT) {
+        let message = format!("tojson indents by {MAX_INDENT} at most");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
     let _: Option<bool> = options.get("ensure_ascii")?;
     let _: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;

@@ -160,6 +160,7 @@ fn the_prompt_of_the_probe_reaches_the_student_to_the_letter() {
             &Task::default(),
             &steps,
             Some(&target),
+            &Memo::default(),
         )
         .unwrap();
         let whole = "<|im_start|>user\n\
@@ -205,6 +206,7 @@ fn under_a_view_of_turns_a_prompt_begins_with_the_last_one_and_its_reply() {
         };
         for chat in chats() {
             let mut read: Vec<u32> = Vec::new();
+            let memo = Memo::default();
             steps.truncate(1);
             for (action, result) in [
                 ("left", "See: a key."),
@@ -213,8 +215,11 @@ fn under_a_view_of_turns_a_prompt_begins_with_the_last_one_and_its_reply() {
             ] {
                 let next = step(action, result);
                 let task = Task::default();
-                let (prompt, reply) =
-                    render_sample(&chat, &view, &calls, &task, &steps, Some(&next)).unwrap();
+                let sample = |memo: &Memo| {
+                    render_sample(&chat, &view, &calls, &task, &steps, Some(&next), memo).unwrap()
+                };
+                let (prompt, reply) = sample(&memo);
+                assert_eq!(sample(&Memo::default()).0, prompt, "with what came before or without");
                 assert!(
                     prompt.starts_with(&read),
                     "{}",
@@ -753,6 +758,22 @@ fn templates_render_as_transformers_renders_them() {
     let error = render("{{ strftime_now('%Y') }}").unwrap_err().to_string();
     assert!(error.contains("strftime_now"), "{error}");
     assert!(Template::from_source(&"x".repeat(300_000), "", "").is_err());
+}
+
+#[test]
+fn a_template_that_is_broken_loops_or_swells_is_an_error() {
+    for broken in ["{%}", "{%} endfor %}", "{%", "{%%}"] {
+        assert!(Template::from_source(broken, "", "").is_err(), "{broken}");
+    }
+    let said = |source: &str| {
+        let template = Template::from_source(source, "", "").unwrap();
+        template.render(&[], true).unwrap_err().to_string()
+    };
+    let numbers = "range(100000)";
+    let loops = format!("{{% for a in {numbers} %}}{{% for b in {numbers} %}}{{% for c in {numbers} %}}{{% endfor %}}{{% endfor %}}{{% endfor %}}");
+    assert!(said(&loops).contains("out of fuel"), "{}", said(&loops));
+    let wide = said("{{ [1] | tojson(indent=1000000000000) }}");
+    assert!(wide.contains("16 at most"), "{wide}");
 }
 
 // The turns of Llama 3.2 and Qwen 3 in short: a header of its own, white space trimmed, reasoning dropped from old turns.

@@ -1,5 +1,6 @@
 //! The tokenizer: byte-level BPE of the GPT-2, Llama-3 and Qwen2 families, from `tokenizer.json` or rebuilt from a GGUF file.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -32,6 +33,26 @@ pub struct Tokenizer {
     bytes: Vec<Vec<u8>>,
     is_special: Vec<bool>,
     digest: String,
+}
+
+/// The tokens of texts that came before. Of one episode each step shows what the last one showed and a little more, so with a
+/// memo its steps together cost about what its last one costs. It holds what the texts say: it goes with its episode.
+#[derive(Default)]
+pub struct Memo(RefCell<HashMap<String, Vec<u32>>>);
+
+impl Memo {
+    pub(super) fn with<T>(
+        &self,
+        tokenizer: &Tokenizer,
+        text: &str,
+        read: impl FnOnce(&[u32]) -> T,
+    ) -> T {
+        let mut known = self.0.borrow_mut();
+        if !known.contains_key(text) {
+            known.insert(text.to_owned(), tokenizer.encode_plain(text));
+        }
+        read(&known[text])
+    }
 }
 
 impl Tokenizer {
@@ -234,16 +255,18 @@ impl Tokenizer {
         if !special {
             return self.encode_plain(text);
         }
-        self.encode_guarded(text, &Guard::none())
+        self.encode_guarded(text, &Guard::none(), &Memo::default())
     }
 
     /// Like `encode(text, true)`, with what `guard` hid put back as text.
-    pub(super) fn encode_guarded(&self, text: &str, guard: &Guard) -> Vec<u32> {
+    pub(super) fn encode_guarded(&self, text: &str, guard: &Guard, memo: &Memo) -> Vec<u32> {
         let mut ids = Vec::new();
         for piece in self.pieces(text) {
             match piece {
                 Piece::Special(id, _) => ids.push(id),
-                Piece::Text(text, _) => ids.extend(self.encode_plain(&guard.restore(text))),
+                Piece::Text(text, _) => {
+                    memo.with(self, &guard.restore(text), |known| ids.extend(known))
+                }
             }
         }
         ids

@@ -12,6 +12,7 @@ use super::{
     Request,
 };
 use crate::calls::{CallFormat, GrammarOptions};
+use crate::chat::{render_sample, Memo};
 use crate::episode::{Actor, DecisionRecord, Task, TokenIds, ToolSpec};
 use crate::formats::steps_from_messages;
 use crate::generate::{Finish, GenerateError, Generated, Job, Student, Ticket};
@@ -427,7 +428,7 @@ impl Inner {
         let steps = steps_from_messages(&request.messages)
             .map_err(|e| (ReasonCode::BadRequest, e.to_string()))?;
         let (prompt_ids, _) =
-            crate::chat::render_sample(&student.chat, &student.view, &format, task, &steps, None)
+            render_sample(&student.chat, &student.view, &format, task, &steps, None, &Memo::default())
                 .map_err(|e| (ReasonCode::PromptTooLong, e.to_string()))?;
         let options = GrammarOptions {
             allow_text: request.allow_text,

@@ -160,8 +160,18 @@ pub fn find(text: &str, detect: Detect) -> Vec<Found> {
     found
 }
 
-/// Replaces the secrets of a text by their marks and tells which kinds there were. A second pass changes nothing.
+/// Looks at a text that had secrets, because a mark ends what stood before it: an address that ran on into a key is one only then.
+const PASSES: usize = 8;
+
+/// Replaces the secrets of a text by their marks and tells which kinds there were. A second call changes nothing.
 pub fn clean(text: &mut String, detect: Detect, kinds: &mut Vec<Kind>) -> bool {
+    (0..PASSES)
+        .take_while(|_| replace(text, detect, kinds))
+        .count()
+        > 0
+}
+
+fn replace(text: &mut String, detect: Detect, kinds: &mut Vec<Kind>) -> bool {
     let found = find(text, detect);
     if found.is_empty() {
         return false;

@@ -79,28 +79,45 @@ def order(env: Any, tasks: list[str]) -> Iterator[tuple[str, int]]:
         yield from ((task, variation) for task in tasks if variation < most[task])
 
 
+def written(file: Path) -> set[tuple[str, int]]:
+    """The tasks and variations whose episodes the file holds; a last line that was cut is taken off.
+
+    >>> written(Path("no such file"))
+    set()
+    """
+    if not file.exists():
+        return set()
+    whole, newline, _ = file.read_text().rpartition("\n")
+    file.write_text(whole + newline)
+    episodes = [json.loads(line) for line in whole.splitlines()]
+    return {(str(e["task"]).rpartition("/")[0], int(e["seed"])) for e in episodes}
+
+
 def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="sciworld.py", description=__doc__.splitlines()[0])
-    p.add_argument("file", type=Path, help="JSONL, an episode a line")
-    p.add_argument("--episodes", type=int, default=90, help="to write (default: 90)")
+    p.add_argument("file", type=Path, help="JSONL, an episode a line; one that is there is gone on with")
+    p.add_argument("--episodes", type=int, default=90, help="that it shall hold (default: 90)")
     p.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK", help=f"default: {' '.join(TASKS)}")
     options = p.parse_args(arguments)
     try:
         from scienceworld import ScienceWorldEnv
     except ImportError:
         p.error("`pip install scienceworld` (it needs Java 17)")
-    env, kept, steps = ScienceWorldEnv("", None, envStepLimit=LONGEST + 1), 0, 0
-    with options.file.open("w") as file:
+    done = written(options.file)
+    env, kept, steps = ScienceWorldEnv("", None, envStepLimit=LONGEST + 1), len(done), 0
+    with options.file.open("a") as file:
         for task, variation in order(env, options.tasks):
-            if kept == options.episodes:
+            if kept >= options.episodes:
                 break
+            if (task, variation) in done:
+                continue
             played = episode(env, task, variation)
             if played is not None:
                 file.write(json.dumps(chat(task, variation, played)) + "\n")
                 file.flush()
                 kept, steps = kept + 1, steps + len(played)
                 print(f"\r{kept} of {options.episodes} episodes", end="", file=sys.stderr)
-    print(f"\n{kept} episodes, {steps / max(kept, 1):.0f} steps each", file=sys.stderr)
+    print(f"\n{kept} episodes, {steps / max(kept - len(done), 1):.0f} steps each of the {kept - len(done)} new ones", file=sys.stderr)
     return 0
 
 
