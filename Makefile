@@ -8,6 +8,8 @@
 # make windows  locum.dll, and hosts' whole journey with it under Wine; for Debian and its like (fetches 320 MB, half an hour on two cores)
 # make soak     the loop under load for a while (SOAK_SECONDS=600), then kills, failing disks and swaps, an hour or so (SOAK_KILLS=10000 SOAK_SWAPS=1000)
 # make valgrind C and C++ hosts with the library under Valgrind, minutes (needs valgrind)
+# make fuzz     libFuzzer at every door through which bytes of others come in, a minute each (FUZZ_SECONDS=60, FUZZ_FLAGS="--keep" adds to the corpus)
+# make asan     the same doors, and hosts in C and C++, with AddressSanitizer; builds everything once more, a quarter of an hour
 # make clean    throw away what was built and fetched
 #
 # Needed beforehand: Rust, a C and a C++ compiler, Python 3.10 or newer with pip and venv, make, and a network for the packages.
@@ -18,6 +20,7 @@ STORE ?= .cache/demo/$(LEVEL)
 SOAK_SECONDS ?= 600
 SOAK_KILLS ?= 10000
 SOAK_SWAPS ?= 1000
+FUZZ_SECONDS ?= 60
 PYTHON ?= python3
 CARGO ?= cargo
 CC ?= cc
@@ -39,7 +42,7 @@ PIP := $(VPY) -m pip --disable-pip-version-check --quiet
 # Downloads run while cargo compiles; `make` is called again with -j2 for that, so the user need not.
 AGAIN := $(MAKE) --no-print-directory
 
-.PHONY: valgrind windows cuda cuda-carry cuda-check all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
+.PHONY: valgrind fuzz asan windows cuda cuda-carry cuda-check all demo demo-unfiltered test interop bench bench-quick soak clean ready fetched build test-build venv model store python headers
 
 all: build
 
@@ -191,6 +194,14 @@ soak:
 
 valgrind:
 	@$(CARGO) test --release --workspace --test main abi::valgrind:: -- --ignored --nocapture --test-threads=1
+
+FUZZ_FLAGS ?=
+
+fuzz:
+	@$(PYTHON) tests/fuzz/run.py --target $(TARGET) --cargo $(CARGO) --seconds $(FUZZ_SECONDS) $(FUZZ_FLAGS)
+
+asan:
+	@$(PYTHON) tests/fuzz/run.py --target $(TARGET) --cargo $(CARGO) --seconds $(FUZZ_SECONDS) --asan $(FUZZ_FLAGS)
 
 clean:
 	rm -rf $(CACHE)

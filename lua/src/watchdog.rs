@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use mlua::{ffi, Lua};
 
-/// How often running hooks are looked at. A hook may run this much longer than its limit, twice: once until the watchdog first
-/// sees it (its CPU time counts from there), once until the watchdog sees that it is late.
+/// How often the watchdog looks for hooks. A hook may run this much longer than its limit: until the watchdog first sees it, for its
+/// CPU time counts from there. Then the watchdog comes back when the hook can be late at the earliest.
 const TICK: Duration = Duration::from_millis(1);
 /// Ticks without any call after which the watchdog sleeps until the next one; that one then pays for waking it.
 const IDLE_TICKS: u32 = 100;
@@ -172,19 +172,17 @@ impl Shared {
         let (mut calls_seen, mut quiet_ticks) = (0, 0);
         while !self.stop.load(Ordering::SeqCst) {
             let slots: Vec<Arc<Slot>> = lock(&self.slots).clone();
-            let mut any_running = false;
-            for slot in &slots {
-                any_running |= lock(&slot.0).look();
-            }
+            let late_in = slots.iter().filter_map(|slot| lock(&slot.0).look()).min();
             let calls = self.calls.load(Ordering::SeqCst);
-            quiet_ticks = if any_running || calls != calls_seen {
+            quiet_ticks = if late_in.is_some() || calls != calls_seen {
                 0
             } else {
                 quiet_ticks + 1
             };
             calls_seen = calls;
             if quiet_ticks < IDLE_TICKS {
-                std::thread::park_timeout(TICK);
+                // Not sooner than a tenth: a hook that waits for a core uses none of the time that it has left.
+                std::thread::park_timeout(late_in.unwrap_or(TICK).clamp(TICK / 10, TICK));
                 continue;
             }
             // A caller first counts its call and then reads `asleep`; here it is the other way round, so one of the two sees
@@ -209,24 +207,31 @@ struct SlotState {
 }
 
 impl SlotState {
-    /// One look at the state; true while a call is running in it.
-    fn look(&mut self) -> bool {
-        let Some(running) = &mut self.running else {
-            return false;
-        };
-        if self.stopped.is_none() {
-            let wall = running.since.elapsed();
-            let cpu = running.cpu_since_first_sight();
-            if wall >= running.limit.wall {
-                self.stopped = Some(Stopped::Wall(running.limit.wall));
-            } else if cpu.is_some_and(|cpu| cpu >= running.limit.cpu) {
-                self.stopped = Some(Stopped::Cpu(running.limit.cpu));
-            }
-            if self.stopped.is_some() {
-                self.interrupt.set(true);
-            }
+    /// One look at the state: how long the call in it cannot be late yet, if one is running that was not stopped.
+    fn look(&mut self) -> Option<Duration> {
+        let running = self.running.as_mut()?;
+        if self.stopped.is_some() {
+            return Some(TICK);
         }
-        true
+        let limit = running.limit;
+        let wall = running.since.elapsed();
+        let cpu = running.cpu_since_first_sight();
+        if wall >= limit.wall {
+            self.stopped = Some(Stopped::Wall(limit.wall));
+        } else if cpu.is_some_and(|cpu| cpu >= limit.cpu) {
+            self.stopped = Some(Stopped::Cpu(limit.cpu));
+        }
+        if self.stopped.is_some() {
+            self.interrupt.set(true);
+            return Some(TICK);
+        }
+        // A thread uses no more CPU time than passes on the wall.
+        Some(
+            limit
+                .cpu
+                .saturating_sub(cpu.unwrap_or_default())
+                .min(limit.wall - wall),
+        )
     }
 }
 

@@ -3,7 +3,7 @@
  * not the host's, give a status that is none, leave an error behind a success, or fail inside (LOCUM_E_INTERNAL).
  *
  * Every struct and text lies in a block of its own that is exactly as large as is said, so that AddressSanitizer sees a byte
- * too many. As a program (LOCUM_REPLAY) it makes the calls of packed corpora: STORE MODEL PACKED... */
+ * too many. `tests/abi/replay.c` is a program around it. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -436,6 +436,7 @@ static void call(void) {
   }
 }
 
+/* Opens the store of all runs, in a folder that is not there yet, with the model of another one. */
 void locum_fuzz_begin(const char *directory, const char *model);
 void locum_fuzz_begin(const char *directory, const char *model) {
   locum_options options;
@@ -453,6 +454,7 @@ void locum_fuzz_begin(const char *directory, const char *model) {
   MUST(told(locum_student_use(store, LOCUM_STUDENT_BASE, &error)) == LOCUM_OK);
 }
 
+/* One run: the calls that these bytes mean. */
 void locum_fuzz_abi(const uint8_t *data, size_t size);
 void locum_fuzz_abi(const uint8_t *data, size_t size) {
   size_t i, n;
@@ -469,29 +471,3 @@ void locum_fuzz_abi(const uint8_t *data, size_t size) {
   if (run.policy_changed) MUST(told(locum_policy_load(store, "return {}", 9, NULL, 0, &error)) == LOCUM_OK);
   for (i = 0; i < run.n_blocks; i++) free(run.blocks[i]);
 }
-
-#ifdef LOCUM_REPLAY
-int main(int argc, char **argv) {
-  int file;
-  size_t inputs = 0;
-  if (argc < 4) return 2;
-  locum_fuzz_begin(argv[1], argv[2]);
-  for (file = 3; file < argc; file++) {
-    FILE *packed = fopen(argv[file], "rb");
-    uint8_t length[4];
-    MUST(packed != NULL);
-    while (fread(length, 1, sizeof length, packed) == sizeof length) {
-      const size_t size = length[0] | (size_t)length[1] << 8 | (size_t)length[2] << 16 | (size_t)length[3] << 24;
-      uint8_t *data = malloc(size + 1);
-      MUST(data != NULL && fread(data, 1, size, packed) == size);
-      locum_fuzz_abi(data, size);
-      free(data);
-      inputs++;
-    }
-    (void)fclose(packed);
-  }
-  MUST(told(locum_close(store, 0, &error)) == LOCUM_OK);
-  printf("%zu inputs\ndone\n", inputs);
-  return 0;
-}
-#endif

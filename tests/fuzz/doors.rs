@@ -170,7 +170,8 @@ fn reply(bytes: &[u8]) {
             "n": {"type": "integer", "minimum": 1, "maximum": 9},
             "of": {"enum": ["a", "b"]},
             "l": {"type": "array", "items": {"type": "number"}}}, "required": ["to"]});
-        let list = json!([{"type": "function", "function": {"name": "act", "parameters": parameters}}]);
+        let list =
+            json!([{"type": "function", "function": {"name": "act", "parameters": parameters}}]);
         let tools = tools_from_json(&list).expect("a tool");
         CallFormat::new(&tools).expect("a format")
     });

@@ -144,6 +144,40 @@ def fuzz(program: Path, door: str, seconds: int, work: Path, keep: bool) -> Ran:
     return ran
 
 
+# Hosts in C and C++, with what follows their store's folder.
+TINY = ROOT / "tests/fixtures/stores/0.1.0/store/base/tiny"
+HOSTS: dict[str, list[Path]] = {
+    "host-examples/c/journey.c": [TINY],
+    "host-examples/cpp/journey.cpp": [],
+    "tests/abi/misuse.c": [],
+    "tests/abi/callbacks.c": [],
+    "tests/abi/replay.c": [TINY, CORPUS / "abi.bin"],
+}
+
+
+def host(source: str, arguments: list[Path], target: Path, work: Path) -> str:
+    """Builds a host and its library's loader with AddressSanitizer, and runs it; what it complained of, or nothing."""
+    sysroot = subprocess.run(["rustc", "--print", "sysroot"], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
+    runtime = Path(sysroot) / "lib/rustlib" / TRIPLE / "lib/librustc-stable_rt.asan.a"
+    libraries = target / TRIPLE / "release/deps"
+    scene = work / "hosts" / Path(source).stem
+    shutil.rmtree(scene, ignore_errors=True)
+    scene.mkdir(parents=True)
+    # The name that the loader looks for is the library's SONAME.
+    (scene / "liblocum.so.0").symlink_to(libraries / "liblocum.so")
+    compiler, standard = ("c++", "-std=c++17") if source.endswith("pp") else ("cc", "-std=c11")
+    common = [standard, "-g", "-O1", "-pthread", f"-I{ROOT}/plugin-api/include", f"-I{ROOT}/tests/abi"]
+    # The compiler's own runtime would be a second one beside that of the library.
+    subprocess.run([compiler, *common, "-fsanitize=address", "-c", str(ROOT / source), "-o", str(scene / "host.o")], check=True)
+    link = ["-Wl,--whole-archive", str(runtime), "-Wl,--no-whole-archive", "-rdynamic", f"-L{scene}", "-l:liblocum.so.0"]
+    subprocess.run([compiler, str(scene / "host.o"), *link, "-o", str(scene / "host"), "-pthread", "-ldl", "-lm", "-lrt"], check=True)
+    env = {**os.environ, "LD_LIBRARY_PATH": str(scene)}
+    command = [str(scene / "host"), str(scene / "store"), *map(str, arguments)]
+    said = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = said.stdout.decode(errors="replace")
+    return "" if said.returncode == 0 and text.endswith("done\n") else f"{source}: {said.returncode}\n{text[-6000:]}"
+
+
 def main() -> int:
     p = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
     p.add_argument("doors", nargs="*", default=list(DOORS), help=f"default: {' '.join(DOORS)}")
@@ -170,6 +204,10 @@ def main() -> int:
             if ran.complaint:
                 bad += 1
                 print(f"{ran.complaint}\n== {ran.door}: the input lies in {work}/{ran.door}-*", file=sys.stderr, flush=True)
+    for source, arguments in HOSTS.items() if options.asan else []:
+        complaint = host(source, arguments, target, work)
+        print(f"{source}: {'no error' if not complaint else complaint}", flush=True)
+        bad += bool(complaint)
     return 1 if bad else 0
 
 

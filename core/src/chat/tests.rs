@@ -219,7 +219,11 @@ fn under_a_view_of_turns_a_prompt_begins_with_the_last_one_and_its_reply() {
                     render_sample(&chat, &view, &calls, &task, &steps, Some(&next), memo).unwrap()
                 };
                 let (prompt, reply) = sample(&memo);
-                assert_eq!(sample(&Memo::default()).0, prompt, "with what came before or without");
+                assert_eq!(
+                    sample(&Memo::default()).0,
+                    prompt,
+                    "with what came before or without"
+                );
                 assert!(
                     prompt.starts_with(&read),
                     "{}",

@@ -427,9 +427,16 @@ impl Inner {
         let format = self.format(&request.tools, student)?;
         let steps = steps_from_messages(&request.messages)
             .map_err(|e| (ReasonCode::BadRequest, e.to_string()))?;
-        let (prompt_ids, _) =
-            render_sample(&student.chat, &student.view, &format, task, &steps, None, &Memo::default())
-                .map_err(|e| (ReasonCode::PromptTooLong, e.to_string()))?;
+        let (prompt_ids, _) = render_sample(
+            &student.chat,
+            &student.view,
+            &format,
+            task,
+            &steps,
+            None,
+            &Memo::default(),
+        )
+        .map_err(|e| (ReasonCode::PromptTooLong, e.to_string()))?;
         let options = GrammarOptions {
             allow_text: request.allow_text,
             max_calls: MAX_PARALLEL_CALLS,

@@ -544,7 +544,8 @@ fn measure_the_detectors() {
 #[test]
 fn what_a_mark_uncovers_is_found_too() {
     // The address has no end before the key behind it is gone.
-    let mut text = String::from("mal abcdef.orb@exampleAKIA.eAKIA.xK9dLqeyJxK9dLqeyJzdWIiOpwdI1vpmb92k x");
+    let mut text =
+        String::from("mal abcdef.orb@exampleAKIA.eAKIA.xK9dLqeyJxK9dLqeyJzdWIiOpwdI1vpmb92k x");
     let mut kinds = Vec::new();
     assert!(clean(&mut text, Detect::ALL, &mut kinds));
     assert_eq!(kinds, [Kind::Entropy, Kind::Email]);
