@@ -9,6 +9,8 @@ local raw_tostring = tostring
 local find, match, gmatch, gsub, split, format = string.find, string.match, string.gmatch, string.gsub, string.split, string.format
 local move, sort, pack, unpack = table.move, table.sort, table.pack, table.unpack
 local MAX_MOVE = 65536
+-- What a step may hold, and what takes about a millisecond.
+local MAX_TEXT, MAX_LIST = 2^20, 2^18
 
 local function length(v)
   local t = type(v)
@@ -45,6 +47,27 @@ end
 function string.split(s, separator)
   check_work("split", s, separator)
   return split(s, separator)
+end
+
+-- Functions that walk over a whole text or list without asking for the interrupt.
+local function bounded(library, name, most, what)
+  local whole = library[name]
+  library[name] = function(v, ...)
+    if (type(v) == "string" or type(v) == "table") and #v > most then
+      error(name .. ": at most " .. most .. " " .. what, 2)
+    end
+    return whole(v, ...)
+  end
+end
+
+for _, name in { "reverse", "upper", "lower" } do
+  bounded(string, name, MAX_TEXT, "bytes")
+end
+for _, name in { "len", "codepoint", "offset" } do
+  bounded(utf8, name, MAX_TEXT, "bytes")
+end
+for _, name in { "concat", "remove", "insert", "clone" } do
+  bounded(table, name, MAX_LIST, "elements")
 end
 
 -- A table has no order that a policy may rely on, and its address is noise.

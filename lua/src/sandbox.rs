@@ -112,8 +112,8 @@ pub const REMOVED: &[&str] = &[
 
 /// Wall-clock time that compiling may take. Luau promises no bound and its compiler cannot be interrupted.
 const COMPILE_LIMIT: Duration = Duration::from_secs(5);
-/// Byte pairs that one search over a string may compare (about 5 ms), and the same for each byte of content to redact.
-const WORK: usize = 4 << 20;
+/// Byte pairs that one search over a string may compare (about 2.5 ms), and the same for each byte of content to redact.
+const WORK: usize = 2 << 20;
 const WORK_PER_REDACTED_BYTE: usize = 128;
 /// Lines that a policy may print each second; more are counted and dropped.
 const PRINTS_PER_SECOND: u64 = 10;

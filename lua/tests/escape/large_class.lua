@@ -1,5 +1,5 @@
 -- A class at each place of a long text, in one step of the matcher.
--- expect: hook stopped after | over its memory limit
+-- expect: hook raised an error
 return {
   decide = function(step)
     local s, class = string.rep("a", 40000), "[" .. string.rep("b", 90) .. "a]*c"

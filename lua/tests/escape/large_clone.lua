@@ -1,5 +1,5 @@
 -- Copies of a large table, and garbage to collect.
--- expect: hook stopped after | over its memory limit
+-- expect: hook raised an error
 return {
   decide = function(step)
     local t = table.create(400000, 1)

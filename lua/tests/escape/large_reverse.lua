@@ -1,5 +1,5 @@
 -- One call over megabytes.
--- expect: hook stopped after | over its memory limit
+-- expect: hook raised an error
 return {
   decide = function(step)
     local s = string.rep("x", 4e6)
