@@ -28,7 +28,8 @@ pub const DEFAULT_DEADLINE_MS: u32 = 30_000;
 pub const MAX_CONFIG_BYTES: u64 = 64 << 20;
 /// Snapshots kept of the state of one episode.
 pub const MAX_FAST_SNAPSHOTS: usize = 16;
-/// Bytes that KV caches kept for prefix reuse may take; snapshots of episodes may take as much again.
+/// Bytes that KV caches kept for prefix reuse may take, or what two prompts of the view take if that is more; snapshots of episodes
+/// may take as much again.
 pub const MAX_PREFIX_CACHE_BYTES: usize = 256 << 20;
 /// Largest file that an import reads, in bytes.
 pub const MAX_IMPORT_BYTES: u64 = 1 << 30;

@@ -141,7 +141,8 @@ typedef struct {
   uint32_t worker_threads;     /* threads that answer; 0 = as many as the machine has cores                 */
   uint32_t train_threads;      /* threads that train;  0 = likewise, at low priority                        */
   uint64_t max_disk_bytes;     /* of the database; its log adds an eighth; models not counted; 0 = no limit */
-  uint64_t max_cache_bytes;    /* KV caches kept for prefix reuse; 0 = 256 MiB                              */
+  uint64_t max_cache_bytes;    /* KV caches kept for prefix reuse; 0 = 256 MiB, or what two prompts as long as the
+                                  policy's view makes them take, if that is more                            */
   int32_t weights;             /* LOCUM_WEIGHTS_*: numbers in which models in service keep their weights    */
   uint32_t reserved;           /* 0 */
   locum_str device_library;    /* liblocum_cuda.so, which `make cuda` builds; empty = the one in this library's own folder, if any.

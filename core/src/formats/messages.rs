@@ -4,6 +4,8 @@
 //! under [`RESERVED`] the few facts that make the way back exact (an absent content is not a null
 //! one). Names that begin with `@` are ours and never printed.
 
+use std::borrow::BorrowMut;
+
 use serde_json::{json, Map, Value};
 
 use crate::episode::{Content, Label, Observation, Source, Step, ToolCall, ToolSpec};
@@ -53,8 +55,11 @@ pub fn steps_from_messages(messages: &[Value]) -> Result<Vec<Step>, FormatError>
 
 /// Gives an observation to the step it belongs to, and says which one that is (counted from 1).
 ///
-/// May add an empty system step first: see [`steps_from_messages`].
-pub fn attach(steps: &mut Vec<Step>, mut observation: Observation) -> u32 {
+/// May add an empty system step first: see [`steps_from_messages`]. The steps may be [outlines](outline).
+pub fn attach<S>(steps: &mut Vec<S>, mut observation: Observation) -> u32
+where
+    S: BorrowMut<Step> + From<Step>,
+{
     let made = |step: &Step, id: &str| step.tool_calls.iter().any(|call| call.id == id);
     let open = |step: &Step, id: &str| {
         !step
@@ -62,20 +67,14 @@ pub fn attach(steps: &mut Vec<Step>, mut observation: Observation) -> u32 {
             .iter()
             .any(|o| o.call_id.as_deref() == Some(id))
     };
+    let latest = |is_it: &dyn Fn(&Step) -> bool| steps.iter().rposition(|s| is_it(s.borrow()));
     let id = observation.call_id.as_deref();
     let owner = id
         .and_then(|id| {
             // Some hosts use the same ids again in every turn, so the latest unanswered call is meant.
-            steps
-                .iter()
-                .rposition(|s| made(s, id) && open(s, id))
-                .or_else(|| steps.iter().rposition(|s| made(s, id)))
+            latest(&|s| made(s, id) && open(s, id)).or_else(|| latest(&|s| made(s, id)))
         })
-        .or_else(|| {
-            steps
-                .iter()
-                .rposition(|step| step.source == Source::Agent || is_placeholder(step))
-        });
+        .or_else(|| latest(&|step| step.source == Source::Agent || is_placeholder(step)));
     let owner = owner.unwrap_or_else(|| {
         let mut step = Step {
             index: steps.len() as u32 + 1,
@@ -84,21 +83,52 @@ pub fn attach(steps: &mut Vec<Step>, mut observation: Observation) -> u32 {
         };
         step.extra
             .insert(RESERVED.into(), json!({"placeholder": true}));
-        steps.push(step);
+        steps.push(step.into());
         steps.len() - 1
     });
     let last = steps.len() - 1;
     if owner != last {
-        let moved: Vec<Moved> = steps.iter().flat_map(moved_from).collect();
-        let place = printed_after(&steps[last], &moved).len();
-        reserve(
-            &mut observation.extra,
-            "after",
-            json!({"step": steps[last].index, "place": place}),
-        );
+        let moved: Vec<Moved> = steps.iter().flat_map(|s| moved_from(s.borrow())).collect();
+        let last: &Step = steps[last].borrow();
+        let place = printed_after(last, &moved).len();
+        let after = json!({"step": last.index, "place": place});
+        reserve(&mut observation.extra, "after", after);
     }
-    steps[owner].observations.push(observation);
-    steps[owner].index
+    let owner: &mut Step = steps[owner].borrow_mut();
+    owner.observations.push(observation);
+    owner.index
+}
+
+/// Of a step and of an observation what [`attach`] looks at, without what they say.
+pub fn outline(step: &Step) -> Step {
+    let id_of = |call: &ToolCall| ToolCall {
+        id: call.id.clone(),
+        ..ToolCall::default()
+    };
+    Step {
+        index: step.index,
+        source: step.source,
+        tool_calls: step.tool_calls.iter().map(id_of).collect(),
+        observations: step.observations.iter().map(outline_of).collect(),
+        extra: reserved_only(&step.extra),
+        ..Step::default()
+    }
+}
+
+/// See [`outline`].
+pub fn outline_of(observation: &Observation) -> Observation {
+    Observation {
+        call_id: observation.call_id.clone(),
+        extra: reserved_only(&observation.extra),
+        ..Observation::default()
+    }
+}
+
+fn reserved_only(extra: &Map<String, Value>) -> Map<String, Value> {
+    let ours = extra.get(RESERVED).cloned();
+    ours.map(|value| (RESERVED.to_string(), value))
+        .into_iter()
+        .collect()
 }
 
 /// Turns steps back into OpenAI chat messages: equal as JSON to those they were made from.

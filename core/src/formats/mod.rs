@@ -15,8 +15,8 @@ mod tests;
 pub use files::{import, import_into, ImportCounts, Skip, Taken, FORMATS};
 pub use intercode::turn_history;
 pub use messages::{
-    attach, messages_from_steps, piece_from_message, steps_from_messages, tools_from_json,
-    tools_to_json, Piece, RESERVED,
+    attach, messages_from_steps, outline, outline_of, piece_from_message, steps_from_messages,
+    tools_from_json, tools_to_json, Piece, RESERVED,
 };
 pub use openai::{export_openai, Exported, Loss, LossReport};
 pub use redact::{redact_episode, redact_record, RedactHook};

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::{json, Value};
 
 use super::*;
-use crate::episode::{Actor, Content, Episode, Source, Status};
+use crate::episode::{Actor, Content, Episode, Source, Status, Step};
 use crate::policy::TeacherFirst;
 use crate::store::{json, Query, Store, StoreOptions};
 
@@ -685,4 +685,53 @@ fn an_import_larger_than_the_queue_waits_instead_of_failing() {
     assert_eq!((counts.episodes, counts.unknown), (300, 300));
     store.flush(Duration::from_secs(10)).unwrap();
     assert_eq!(store.counts(None).unwrap().episodes, 300);
+}
+
+/// A running episode is kept in outlines; results find their steps among them as among the steps themselves.
+#[test]
+fn results_find_their_steps_among_outlines_too() {
+    let call = |ids: &[&str]| {
+        let calls: Vec<Value> = ids
+            .iter()
+            .map(|id| json!({"id": id, "type": "function", "function": {"name": "act", "arguments": "{}"}}))
+            .collect();
+        json!({"role": "assistant", "content": "c", "tool_calls": calls})
+    };
+    let result = |id: &str| json!({"role": "tool", "tool_call_id": id, "content": "r"});
+    let messages = [
+        result("nobody"),
+        json!({"role": "user", "content": "u"}),
+        call(&["a", "b"]),
+        result("b"),
+        call(&["a"]),
+        result("a"),
+        result("a"),
+        json!({"role": "user", "content": "u"}),
+        result("a"),
+        result("b"),
+        result("unknown"),
+        call(&["c"]),
+        result("a"),
+        result("c"),
+    ];
+    let (mut whole, mut outlines): (Vec<Step>, Vec<Box<Step>>) = Default::default();
+    for message in &messages {
+        match piece_from_message(message).unwrap() {
+            Piece::Step(mut step) => {
+                step.index = whole.len() as u32 + 1;
+                outlines.push(Box::new(outline(&step)));
+                whole.push(step);
+            }
+            Piece::Observation(observation) => {
+                let thin = outline_of(&observation);
+                assert_eq!(attach(&mut whole, observation), attach(&mut outlines, thin));
+            }
+        }
+        let thin: Vec<Step> = whole.iter().map(outline).collect();
+        assert_eq!(
+            outlines.iter().map(|s| (**s).clone()).collect::<Vec<_>>(),
+            thin
+        );
+    }
+    assert_eq!(messages_from_steps(&whole), messages);
 }

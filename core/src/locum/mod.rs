@@ -41,7 +41,7 @@ use crate::episode::EpisodeId;
 use crate::formats::redact_record;
 use crate::generate::{Engine, EngineOptions, Student};
 use crate::limits;
-use crate::model::WeightFormat;
+use crate::model::{Config, Sequence, WeightFormat};
 use crate::policy::{Policy, PolicyId, Settings, TeacherFirst};
 use crate::registry::Registry;
 use crate::store::{Record, Redact, Store, StoreOptions};
@@ -178,14 +178,14 @@ impl Locum {
                     name,
                 });
                 let done = events.clone();
+                let config = &base.as_ref().expect("made above").student.model.config;
                 engine = Some(Arc::new(Engine::new(
                     EngineOptions {
                         threads: count(options.threads),
                         max_batch: 16,
-                        cache_bytes: if options.max_cache_bytes == 0 {
-                            limits::MAX_PREFIX_CACHE_BYTES
-                        } else {
-                            options.max_cache_bytes
+                        cache_bytes: match options.max_cache_bytes {
+                            0 => cache_bytes(config, &loaded.view),
+                            bytes => bytes,
                         },
                         device: device.clone(),
                     },
@@ -319,6 +319,13 @@ impl Drop for Inner {
         self.stop_job();
         self.join_job();
     }
+}
+
+/// Bytes for prefix reuse where the host sets no limit: enough for two prompts as long as the view makes them. With less than one,
+/// each step of a long episode would be read from its beginning.
+fn cache_bytes(config: &Config, view: &View) -> usize {
+    let tokens = view.max_tokens.min(config.max_position_embeddings) + limits::DEFAULT_REPLY_TOKENS;
+    limits::MAX_PREFIX_CACHE_BYTES.max(2 * tokens * Sequence::bytes_per_token(config))
 }
 
 /// Milliseconds since 1970.

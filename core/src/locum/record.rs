@@ -10,7 +10,7 @@ use crate::episode::{
     Actor, Content, DecisionRecord, Episode, EpisodeId, Outcome, Provenance, Source, Step, Task,
     TokenIds, Usage, SCHEMA,
 };
-use crate::formats::{attach, piece_from_message, Piece};
+use crate::formats::{attach, outline, outline_of, piece_from_message, Piece};
 use crate::generate::{Student, Ticket};
 use crate::limits;
 use crate::secrets::{find, Cleaner};
@@ -33,7 +33,9 @@ pub(super) enum Plays {
 pub(super) struct Open {
     pub task: Task,
     pub scope: String,
-    pub steps: Vec<Step>,
+    /// Outlines: who spoke and which calls were made. Boxed, so that a growing list moves pointers and a host never waits for more.
+    #[allow(clippy::vec_box)]
+    pub steps: Vec<Box<Step>>,
     pub bytes: usize,
     /// Why something of it was lost, as long as that could not be recorded either.
     pub lost: Option<String>,
@@ -214,7 +216,7 @@ impl Locum {
                         _ => Actor::Human,
                     };
                 }
-                open.steps.push(step.clone());
+                open.steps.push(Box::new(outline(&step)));
                 vec![Record::Step {
                     episode: id,
                     step: Box::new(step),
@@ -223,7 +225,7 @@ impl Locum {
             Piece::Observation(mut observation) => {
                 observation.is_error |= meta.is_error;
                 let before = open.steps.len();
-                let step = attach(&mut open.steps, observation.clone());
+                let step = attach(&mut open.steps, outline_of(&observation));
                 // A result without any step before it stands on an empty step made for it.
                 let mut records = Vec::new();
                 if open.steps.len() > before {
@@ -231,7 +233,7 @@ impl Locum {
                     made.observations.clear();
                     records.push(Record::Step {
                         episode: id,
-                        step: Box::new(made),
+                        step: made,
                     });
                 }
                 records.push(Record::Observation {

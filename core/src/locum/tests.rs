@@ -16,12 +16,13 @@ use std::time::{Duration, Instant};
 use super::trial::{Trial, TrialRecord, EPISODE_PATIENCE};
 use serde_json::json;
 
-use super::{EpisodeStart, Error, Locum, Options, Pin, ReasonCode, Request, StepMeta};
+use super::{cache_bytes, EpisodeStart, Error, Locum, Options, Pin, ReasonCode, Request, StepMeta};
 use crate::chat::Chat;
 use crate::episode::{EpisodeId, Outcome, Status, Task};
 use crate::gate::{Arm, CanaryTest, LiveOutcome};
 use crate::generate::Student;
-use crate::model::{write_tiny, Model};
+use crate::limits;
+use crate::model::{write_tiny, KvCache, Model, Sequence};
 use crate::policy::{
     Allow, Choice, CurateVerdict, DatasetInfo, EpisodeInfo, GateInfo, GateSettings, GateVote,
     HookFailed, LabelVerdict, LiveInfo, Policy, PolicyId, RecipeKnobs, RedactInfo, ReplyInfo,
@@ -617,4 +618,25 @@ fn a_runaway_drift_asks_the_teacher_says_so_and_is_the_last_of_its_episode() {
     let next = answer(&locum, &handle).unwrap();
     assert!(!locum.fast_weights(&handle).unwrap().on);
     assert!(next.confidence > 0.0);
+}
+
+#[test]
+fn without_a_limit_two_of_the_views_longest_prompts_stay_in_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    crate::model::write_tiny(dir.path(), 1).unwrap();
+    let mut config = Model::load(dir.path()).unwrap().config.clone();
+    let cache = KvCache::new(&config, 640);
+    assert_eq!(cache.bytes(), 640 * Sequence::bytes_per_token(&config));
+    let mut view = View::default();
+    assert_eq!(
+        cache_bytes(&config, &view),
+        limits::MAX_PREFIX_CACHE_BYTES,
+        "short prompts of a small model"
+    );
+    config.num_hidden_layers = 30;
+    (config.num_key_value_heads, config.head_dim) = (3, 64);
+    config.max_position_embeddings = 8192;
+    view.max_tokens = 8000;
+    let two = 2 * KvCache::new(&config, view.max_tokens).bytes();
+    assert!((two..two + two / 10).contains(&cache_bytes(&config, &view)));
 }

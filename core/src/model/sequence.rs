@@ -341,6 +341,11 @@ impl Sequence {
         }
     }
 
+    /// Bytes of the keys and values of one token.
+    pub fn bytes_per_token(config: &Config) -> usize {
+        config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    }
+
     /// Bytes of keys, values and fast weights.
     pub fn bytes(&self) -> usize {
         self.kv.bytes() + self.fast.bytes()
