@@ -104,12 +104,17 @@ def fill(folder: Path, door: str) -> Path:
     return folder
 
 
+WATCHED = {
+    "ASAN_OPTIONS": "detect_stack_use_after_return=0:allocator_may_return_null=1",
+    "LSAN_OPTIONS": f"suppressions={HERE}/lsan.supp:print_suppressions=0",
+}
+
+
 def libfuzzer(program: Path, door: str, arguments: list[str], work: Path) -> tuple[int, str]:
     temporary = work / "tmp" / door
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    env = {**os.environ, "LOCUM_FUZZ_DOOR": door, "TMPDIR": str(temporary)}
-    env["ASAN_OPTIONS"] = "detect_stack_use_after_return=0:allocator_may_return_null=1"
+    env = {**os.environ, **WATCHED, "LOCUM_FUZZ_DOOR": door, "TMPDIR": str(temporary)}
     said = subprocess.run([str(program), *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     shutil.rmtree(temporary, ignore_errors=True)
     return said.returncode, said.stdout.decode(errors="replace")
@@ -171,7 +176,7 @@ def host(source: str, arguments: list[Path], target: Path, work: Path) -> str:
     subprocess.run([compiler, *common, "-fsanitize=address", "-c", str(ROOT / source), "-o", str(scene / "host.o")], check=True)
     link = ["-Wl,--whole-archive", str(runtime), "-Wl,--no-whole-archive", "-rdynamic", f"-L{scene}", "-l:liblocum.so.0"]
     subprocess.run([compiler, str(scene / "host.o"), *link, "-o", str(scene / "host"), "-pthread", "-ldl", "-lm", "-lrt"], check=True)
-    env = {**os.environ, "LD_LIBRARY_PATH": str(scene)}
+    env = {**os.environ, **WATCHED, "LD_LIBRARY_PATH": str(scene)}
     command = [str(scene / "host"), str(scene / "store"), *map(str, arguments)]
     said = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     text = said.stdout.decode(errors="replace")

@@ -393,7 +393,8 @@ impl Inner {
         {
             return Err(Error::Busy("a distillation is running already".into()));
         }
-        let job = self.job_records()?.last().map_or(0, |r| r.status.job) + 1;
+        let records = self.job_records()?;
+        let job = records.last().map_or(0, |r| r.status.job) + 1;
         let status = JobStatus {
             job,
             created_at_ms: now_ms(),
@@ -409,6 +410,15 @@ impl Inner {
             return Err(Error::Busy(
                 "another process is distilling from this store".into(),
             ));
+        }
+        // The same order again, whose process is gone: that job goes on.
+        let left = records.into_iter().rev().find(|r| {
+            r.status.state.is_running() && !r.cancel && r.options == record.options
+        });
+        if let Some(left) = left {
+            let job = left.status.job;
+            self.launch(left)?;
+            return Ok(job);
         }
         self.put_job(&record)?;
         self.launch(record)?;
