@@ -412,9 +412,10 @@ impl Inner {
             ));
         }
         // The same order again, whose process is gone: that job goes on.
-        let left = records.into_iter().rev().find(|r| {
-            r.status.state.is_running() && !r.cancel && r.options == record.options
-        });
+        let left = records
+            .into_iter()
+            .rev()
+            .find(|r| r.status.state.is_running() && !r.cancel && r.options == record.options);
         if let Some(left) = left {
             let job = left.status.job;
             self.launch(left)?;

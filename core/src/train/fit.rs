@@ -352,7 +352,8 @@ fn fit_there(
     let (before, held_before) = (state.seconds, state.held_seconds);
     let mut last_checkpoint = Instant::now();
     let mut speed = Speed::default();
-    let mut stopped = None;
+    // Whoever was killed behind the last step has no other to make.
+    let mut stopped = (state.tokens >= plan.tokens).then_some(StopReason::Tokens);
 
     'epochs: while stopped.is_none() {
         let batches = batches(&usable, train, plan, state.epoch);

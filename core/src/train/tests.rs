@@ -326,3 +326,40 @@ fn a_training_that_runs_away_ends_at_its_next_look_with_both_losses() {
         Ok(_) => panic!("a rate of 3 is too high for any model"),
     }
 }
+
+#[test]
+fn a_training_killed_behind_its_last_step_makes_no_other() {
+    let pool = Pool::new(2, 0);
+    let samples: Vec<Sample> = (0..12)
+        .map(|i| sample(i % 2, 32, 5 + i as usize, 4))
+        .collect();
+    let (train, held_out) = samples.split_at(9);
+    let plan = TrainPlan {
+        method: Method::Full,
+        tokens: 1000,
+        batch_tokens: 160,
+        lr: 1e-3,
+        checkpoint_seconds: 0.0,
+        ..TrainPlan::default()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let run = || {
+        let (model, go) = (model("llama"), &mut |_: &Progress| Flow::Go);
+        fit(
+            &pool,
+            model,
+            train,
+            held_out,
+            "x",
+            &plan,
+            Some(dir.path()),
+            go,
+        )
+        .unwrap()
+    };
+    let (once, again) = (run(), run());
+    assert!(once.tokens >= plan.tokens);
+    assert_eq!((once.steps, once.tokens), (again.steps, again.tokens));
+    let loss = |trained: &Trained| evaluate_loss(&pool, &trained.model, held_out).unwrap();
+    assert_eq!(loss(&once), loss(&again));
+}

@@ -105,6 +105,13 @@ class LongEpisodes(unittest.TestCase):
         self.assertIsNone(sciworld.episode(Lab(["wait1", "focus on green box"]), "mendelian", 7))
         self.assertIsNone(sciworld.episode(Lab(["wait1"] * 300 + ["focus on red box"]), "mendelian", 7))
         self.assertEqual(list(sciworld.order(lab, ["a", "bb"])), [("a", 0), ("bb", 0), ("bb", 1)])
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "lab.jsonl"
+            self.assertEqual(sciworld.written(file), set())
+            line = json.dumps(told) + "\n"
+            file.write_text(line + line[:40])
+            self.assertEqual(sciworld.written(file), {("mendelian", 7)})
+            self.assertEqual(file.read_text(), line, "a line that was cut is written again")
 
 
 class Lab:
