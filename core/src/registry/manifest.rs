@@ -37,7 +37,7 @@ pub struct Manifest {
     pub view_digest: String,
     pub dataset_hash: String,
     pub split_hash: String,
-    /// Ids of the episodes that it learned from.
+    /// Ids of the episodes that it learned from, and of those that were held out to judge it.
     pub episodes: Vec<String>,
     /// Those of them that were erased from the store since: what it learned there is still in its weights.
     pub erased: Vec<String>,
