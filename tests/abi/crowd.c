@@ -2,6 +2,7 @@
  * loads late and unloads early. argv[1] is the library, argv[2] an empty directory. */
 #define _GNU_SOURCE
 
+#include <dirent.h>
 #include <dlfcn.h>
 #include <signal.h>
 #include <stdint.h>
@@ -105,16 +106,25 @@ static size_t environment(char *out, size_t size) {
   return n;
 }
 
-/* Every thread but the first must block the signals of the host. */
+/* Every thread but the first must block the signals of the host. Read here and by no child: while one is started, the
+ * thread that starts it blocks every signal too. */
 static int threads_that_take_signals(void) {
-  char command[128];
-  int loose = -1;
-  FILE *pipe;
-  snprintf(command, sizeof command, "grep -h SigBlk /proc/%ld/task/*/status | grep -c ' *0000000000000000$'", (long)getpid());
-  pipe = popen(command, "r");
-  CHECK(pipe != NULL);
-  CHECK(fscanf(pipe, "%d", &loose) == 1);
-  pclose(pipe);
+  char path[300], line[256];
+  int loose = 0;
+  struct dirent *entry;
+  DIR *tasks = opendir("/proc/self/task");
+  CHECK(tasks != NULL);
+  while ((entry = readdir(tasks)) != NULL) {
+    FILE *status;
+    if (entry->d_name[0] == '.') continue;
+    snprintf(path, sizeof path, "/proc/self/task/%s/status", entry->d_name);
+    status = fopen(path, "r");
+    if (!status) continue; /* it has ended */
+    while (fgets(line, sizeof line, status))
+      if (strncmp(line, "SigBlk:", 7) == 0) loose += strtoull(line + 7, NULL, 16) == 0;
+    fclose(status);
+  }
+  closedir(tasks);
   return loose;
 }
 
@@ -146,10 +156,12 @@ static void *use_locum(const char *path, const char *dir) {
     locum_decision decision = {.struct_size = sizeof decision};
     locum_episode e;
     locum l;
+    int loose;
     options.store_dir = str(dir);
     CHECK(open_locum(&options, &l, NULL) == LOCUM_OK);
-    if (threads_that_take_signals() != 1) {
-      printf("%d threads take the host's signals\n", threads_that_take_signals());
+    loose = threads_that_take_signals();
+    if (loose != 1) {
+      printf("%d threads take the host's signals\n", loose);
       return NULL;
     }
     /* A Lua error travels as a C++ exception inside us: it must be our own runtime that catches it. */
