@@ -489,7 +489,7 @@ LOCUM_API int32_t locum_policy_load(locum handle, const char *source, size_t sou
 #define LOCUM_STUDENT_BASE      (UINT64_MAX - (uint64_t)1)   /* the base model, untrained, for comparison */
 
 /* Starts a distillation in the background: curate, train, evaluate, then shadow and canary under the gate. It survives
- * the process: the next locum_open resumes it.                                            [any-thread] [may-block]
+ * the process: the next locum_open resumes it, and the same order given there is that job.  [any-thread] [may-block]
  * `options_json` is empty or an object, all fields optional:
  *     {"method":"upper|lora|full", "tokens":N, "max_seconds":S, "epochs":E, "lr":.., "rank":.., "alpha":..,
  *      "upper_layers":.., "batch_tokens":.., "warmup_steps":.., "weight_decay":.., "patience":.., "seed":..,

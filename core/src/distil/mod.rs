@@ -31,7 +31,7 @@ use crate::view::View;
 const MAX_QUESTIONS: usize = 120;
 /// Tokens of the texts that they are asked in.
 const MAX_QUESTION_TOKENS: usize = 48_000;
-/// Tokens of the texts on which fast weights are judged, each read twice.
+/// Tokens of the texts on which fast weights are judged, each read twice, unless a verdict needs longer ones.
 const MAX_JUDGED_TOKENS: usize = 32_000;
 /// Looks at the held-out loss read at most this part of the training's tokens each, or the tokens below if that is more.
 const LOOK_SHARE: u64 = 25;
@@ -183,7 +183,7 @@ pub fn run(
     let train: Vec<train::Sample> = data.rows(&data.train).iter().map(as_row).collect();
     let asked_rows = data.rows(&data.held_out);
     let look = (plan.tokens / LOOK_SHARE).max(MIN_LOOK_TOKENS) as usize;
-    let held_out: Vec<train::Sample> = few(&asked_rows, &data, MAX_QUESTIONS, look)
+    let held_out: Vec<train::Sample> = few(&asked_rows, &data, 1, MAX_QUESTIONS, look)
         .iter()
         .map(as_row)
         .collect();
@@ -233,7 +233,13 @@ pub fn run(
     let mut go_on = || tell(&Stage::Evaluating { done: 0, of: 1 }) == Flow::Go;
     let ttt = match served.config.ttt {
         Some(_) => {
-            let rows = few(&asked_rows, &data, usize::MAX, MAX_JUDGED_TOKENS);
+            let rows = few(
+                &asked_rows,
+                &data,
+                ttt::MIN_EPISODES,
+                usize::MAX,
+                MAX_JUDGED_TOKENS,
+            );
             let samples: Vec<&dataset::Sample> = rows.iter().flatten().map(sample).collect();
             let texts = ttt::streams(&samples, served.max_positions());
             let alpha = context.settings.gate.alpha;
@@ -265,7 +271,7 @@ pub fn run(
 
     // The verdict is formed before the student is written, so that its folder always holds its evaluation.
     let formats = formats_of(&curated.kept.iter().map(|k| &k.episode).collect::<Vec<_>>());
-    let rows = few(&asked_rows, &data, MAX_QUESTIONS, MAX_QUESTION_TOKENS);
+    let rows = few(&asked_rows, &data, 1, MAX_QUESTIONS, MAX_QUESTION_TOKENS);
     let questions: Vec<Question> = rows
         .iter()
         .flatten()
@@ -430,8 +436,14 @@ fn method_name(plan: &TrainPlan) -> String {
 }
 
 /// At most so many rows, evenly spread, so that no domain recorded late is left out: as many as have `steps` steps and `tokens` tokens
-/// together, at least one.
-fn few(rows: &[Vec<usize>], data: &Dataset, steps: usize, tokens: usize) -> Vec<Vec<usize>> {
+/// together, but not fewer than `least`.
+fn few(
+    rows: &[Vec<usize>],
+    data: &Dataset,
+    least: usize,
+    steps: usize,
+    tokens: usize,
+) -> Vec<Vec<usize>> {
     let length = |row: &Vec<usize>| row.last().map_or(0, |&i| data.samples[i].ids.len());
     let spread = |n: usize| (0..n).map(move |i| &rows[i * rows.len() / n]);
     let fits = |n: &usize| {
@@ -439,8 +451,10 @@ fn few(rows: &[Vec<usize>], data: &Dataset, steps: usize, tokens: usize) -> Vec<
             && spread(*n).map(length).sum::<usize>() <= tokens
     };
     let fewer = std::iter::successors(Some(rows.len().min(steps)), |n| Some(n - n.div_ceil(20)));
-    let n = fewer.take_while(|n| *n > 1).find(fits);
-    spread(n.unwrap_or(rows.len().min(1))).cloned().collect()
+    let n = fewer.take_while(|n| *n > least).find(fits);
+    spread(n.unwrap_or(rows.len().min(least)))
+        .cloned()
+        .collect()
 }
 
 /// The tool formats of episodes, one object for equal tools.
@@ -547,14 +561,16 @@ mod tests {
     #[test]
     fn rows_are_picked_evenly_up_to_both_limits_and_never_none() {
         let (single, data) = rows(&[(1, 90); 500]);
-        let picked = few(&single, &data, 120, 1 << 20);
+        let picked = few(&single, &data, 1, 120, 1 << 20);
         assert_eq!(picked.len(), 120);
         assert_eq!((picked[0][0], picked[119][0]), (0, 119 * 500 / 120));
-        assert!((few(&single, &data, 120, 4500).len() as i64 - 50).abs() <= 3);
+        assert!((few(&single, &data, 1, 120, 4500).len() as i64 - 50).abs() <= 3);
         let (long, data) = rows(&[(80, 2500); 20]);
-        assert_eq!(few(&long, &data, 170, 1 << 20).len(), 2);
-        assert_eq!(few(&long, &data, usize::MAX, 26_000).len(), 10);
-        assert_eq!(few(&long, &data, 5, 5).len(), 1);
-        assert!(few(&[], &data, 5, 5).is_empty());
+        assert_eq!(few(&long, &data, 1, 170, 1 << 20).len(), 2);
+        assert_eq!(few(&long, &data, 1, usize::MAX, 26_000).len(), 10);
+        assert_eq!(few(&long, &data, 1, 5, 5).len(), 1);
+        assert_eq!(few(&long, &data, 5, usize::MAX, 5).len(), 5);
+        assert_eq!(few(&long[..3], &data, 5, usize::MAX, 5).len(), 3);
+        assert!(few(&[], &data, 5, 5, 5).is_empty());
     }
 }

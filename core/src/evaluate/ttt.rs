@@ -20,7 +20,7 @@ const SINK: usize = 16;
 /// Seed of all intervals.
 const SEED: u64 = 20_260_406;
 /// Episodes that a verdict needs.
-const MIN_EPISODES: usize = 5;
+pub const MIN_EPISODES: usize = 5;
 /// One text in so many may drift past the cap before the step is halved, and how often it is at most.
 const PAST_CAP_ONE_IN: u64 = 10;
 const MAX_HALVINGS: i32 = 4;

@@ -46,6 +46,8 @@ pub(super) struct Running {
     /// Set when the caller wants the job gone, not merely paused by a close.
     cancelled: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    /// The order of a job that an earlier process left, until the same is given here: that is then this job.
+    left: Option<DistilOptions>,
 }
 
 /// What is stored of a job.
@@ -319,7 +321,7 @@ impl Inner {
             .find(|r| r.status.state.is_running() && !r.cancel)
         {
             if !resumed || self.store.try_lead().unwrap_or(false) {
-                let _ = self.launch(record.clone());
+                let _ = self.launch(record.clone(), Some(record.options.clone()));
             }
             return;
         }
@@ -384,14 +386,15 @@ impl Inner {
             self.join_job();
         }
         self.reap_job();
-        if self
-            .jobs
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .running
-            .is_some()
         {
-            return Err(Error::Busy("a distillation is running already".into()));
+            let mut jobs = self.jobs.lock().unwrap_or_else(|e| e.into_inner());
+            if let Some(running) = &mut jobs.running {
+                // The keeper was quicker to take up what this order is to go on with.
+                if running.left.take_if(|left| *left == options).is_some() {
+                    return Ok(running.job);
+                }
+                return Err(Error::Busy("a distillation is running already".into()));
+            }
         }
         let records = self.job_records()?;
         let job = records.last().map_or(0, |r| r.status.job) + 1;
@@ -418,15 +421,19 @@ impl Inner {
             .find(|r| r.status.state.is_running() && !r.cancel && r.options == record.options);
         if let Some(left) = left {
             let job = left.status.job;
-            self.launch(left)?;
+            self.launch(left, None)?;
             return Ok(job);
         }
         self.put_job(&record)?;
-        self.launch(record)?;
+        self.launch(record, None)?;
         Ok(job)
     }
 
-    fn launch(self: &Arc<Self>, record: JobRecord) -> Result<(), Error> {
+    fn launch(
+        self: &Arc<Self>,
+        record: JobRecord,
+        left: Option<DistilOptions>,
+    ) -> Result<(), Error> {
         if !self.store.try_lead()? {
             return Err(Error::Busy(
                 "another process is distilling from this store".into(),
@@ -457,6 +464,7 @@ impl Inner {
             stop,
             cancelled,
             thread: Some(thread),
+            left,
         });
         Ok(())
     }

@@ -1,8 +1,8 @@
 -- Copies of a large table, and garbage to collect.
--- expect: hook raised an error
+-- expect: hook stopped after | over its memory limit
 return {
   decide = function(step)
-    local t = table.create(400000, 1)
+    local t = table.create(200000, 1)
     while true do
       local u = table.clone(t)
     end

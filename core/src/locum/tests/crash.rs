@@ -4,8 +4,10 @@ use std::io::Read;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::life::{copy, grounds, verify, Birth, Kind, Said};
+use super::life::{copy, distillation, grounds, open, verify, Birth, Kind, Said};
 use crate::files::faults::Act;
+use crate::locum::{DistilOptions, Error, JobState, Locum};
+use crate::policy::RecipeKnobs;
 
 /// Kills in an ordinary test run; `LOCUM_SOAK_KILLS` sets another number.
 const KILLS: u64 = 200;
@@ -307,4 +309,51 @@ fn flip(path: &std::path::Path) {
     let mut bytes = std::fs::read(path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn the_same_order_again_is_the_job_that_was_left_and_another_is_not() {
+    let grounds = grounds();
+    let long = |tokens| DistilOptions {
+        knobs: RecipeKnobs {
+            tokens: Some(tokens),
+            ..distillation().knobs
+        },
+        ..distillation()
+    };
+    let training = |locum: &Locum| {
+        let status = locum.distil_status(0).unwrap();
+        status.state == JobState::Training && status.tokens_done > 0
+    };
+    let until = |what: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !what() {
+            assert!(begun.elapsed() < PATIENCE);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let order = long(100_000_000);
+    let locum = open(&grounds.store).unwrap();
+    let job = locum.distil_start(order.clone()).unwrap();
+    until(&|| training(&locum));
+    locum.close(PATIENCE).unwrap();
+    for keeper_first in [false, true] {
+        let locum = open(&grounds.store).unwrap();
+        if keeper_first {
+            until(&|| locum.distil_pause(job).is_ok());
+            locum.distil_resume(job).unwrap();
+            // Another order is none that goes on.
+            let other = locum.distil_start(long(90_000_000));
+            assert!(matches!(other, Err(Error::Busy(_))), "{other:?}");
+        }
+        assert_eq!(locum.distil_start(order.clone()).unwrap(), job);
+        // Given twice in one process it is an order of its own, which has to wait.
+        let twice = locum.distil_start(order.clone());
+        assert!(matches!(twice, Err(Error::Busy(_))), "{twice:?}");
+        until(&|| training(&locum));
+        locum.close(PATIENCE).unwrap();
+    }
+    let locum = open(&grounds.store).unwrap();
+    assert_eq!(locum.distil_status(0).unwrap().job, job, "there is one job");
+    locum.distil_cancel(job).unwrap();
 }

@@ -327,7 +327,7 @@ fn until(locum: &Locum, there: impl Fn(JobState, u64) -> bool) -> Result<(), Err
     }
 }
 
-fn distillation() -> DistilOptions {
+pub fn distillation() -> DistilOptions {
     DistilOptions {
         knobs: RecipeKnobs {
             method: Some("lora".into()),

@@ -1,0 +1,10 @@
+-- A large table copied at once: more than one call may walk over.
+-- expect: hook raised an error
+return {
+  decide = function(step)
+    local t = table.create(400000, 1)
+    while true do
+      local u = table.clone(t)
+    end
+  end,
+}
