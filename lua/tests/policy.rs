@@ -622,6 +622,41 @@ fn oversized_and_binary_sources_and_compile_bombs_are_refused() {
 }
 
 #[test]
+fn a_call_over_more_than_the_interrupt_can_wait_for_is_refused_and_one_below_is_made() {
+    let calls = [
+        (
+            "string.reverse(string.rep('x', N))",
+            1 << 20,
+            "reverse: at most",
+        ),
+        (
+            "string.upper(string.rep('x', N))",
+            1 << 20,
+            "upper: at most",
+        ),
+        ("utf8.len(string.rep('x', N))", 1 << 20, "len: at most"),
+        ("table.clone(table.create(N, 1))", 1 << 18, "clone: at most"),
+        (
+            "table.concat(table.create(N, 'x'))",
+            1 << 18,
+            "concat: at most",
+        ),
+        (
+            "string.find(string.rep('a', N), '[' .. string.rep('b', 61) .. 'a]*c')",
+            1 << 15,
+            "string.find: text and pattern are too long together",
+        ),
+    ];
+    for (call, most, why) in calls {
+        let source = |n: usize| format!("{}\nreturn {{}}", call.replace('N', &n.to_string()));
+        let said = refused(&source(most + 1));
+        assert!(said.contains(why), "{call}: {said}");
+        let most = if call.contains("find") { 256 } else { most };
+        load(&source(most));
+    }
+}
+
+#[test]
 fn hidden_state_does_not_survive_the_selftest() {
     let policy = load("local n = 0\nlocal function count() n += 1 return n end\nreturn { selftest = count, decide = function() return 'teacher', tostring(count()) end }");
     assert_eq!(policy.decide(&StepInfo::default()).reason, "1");

@@ -6,11 +6,14 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::{hex, ChatError};
+use crate::limits::MAX_EPISODE_BYTES;
 
 /// Largest template source, in bytes.
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
-/// Instructions that one rendering may take, about a second; a message takes some forty.
+/// Instructions that one rendering may take: 0.9 s of empty loops, and far more than the longest episode needs.
 const MAX_FUEL: u64 = 20_000_000;
+/// Largest text that one rendering may write: twice what an episode may hold, for what JSON escapes.
+const MAX_RENDERED_BYTES: usize = 2 * MAX_EPISODE_BYTES;
 /// Widest indentation of JSON in a template.
 const MAX_INDENT: usize = 16;
 const NAME: &str = "chat_template";
@@ -76,15 +79,18 @@ impl Template {
             .environment
             .get_template(NAME)
             .map_err(|e| ChatError::Template(sentence(&e)))?;
+        let values = context! {
+            messages => messages,
+            add_generation_prompt => add_generation_prompt,
+            bos_token => self.bos,
+            eos_token => self.eos,
+            enable_thinking => false,
+        };
+        let mut out = Bounded(Vec::new());
         template
-            .render(context! {
-                messages => messages,
-                add_generation_prompt => add_generation_prompt,
-                bos_token => self.bos,
-                eos_token => self.eos,
-                enable_thinking => false,
-            })
-            .map_err(|e| ChatError::Render(sentence(&e)))
+            .render_captured_to(values, &mut out)
+            .map_err(|e| ChatError::Render(sentence(&e)))?;
+        String::from_utf8(out.0).map_err(|e| ChatError::Render(e.to_string()))
     }
 
     /// Name of the token that begins a text; empty if there is none.
@@ -104,6 +110,24 @@ impl Template {
     /// SHA-256 (hex) over the source and the names of its tokens.
     pub fn digest(&self) -> &str {
         &self.digest
+    }
+}
+
+/// What a rendering has written, up to [`MAX_RENDERED_BYTES`].
+struct Bounded(Vec<u8>);
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_RENDERED_BYTES {
+            let why = format!("it writes more than {MAX_RENDERED_BYTES} bytes");
+            return Err(std::io::Error::other(why));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 

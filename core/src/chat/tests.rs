@@ -776,6 +776,15 @@ fn a_template_that_is_broken_loops_or_swells_is_an_error() {
     let numbers = "range(100000)";
     let loops = format!("{{% for a in {numbers} %}}{{% for b in {numbers} %}}{{% for c in {numbers} %}}{{% endfor %}}{{% endfor %}}{{% endfor %}}");
     assert!(said(&loops).contains("out of fuel"), "{}", said(&loops));
+    let writes = format!(
+        "{{% for a in {numbers} %}}{}{{% endfor %}}",
+        "x".repeat(1000)
+    );
+    assert!(
+        said(&writes).contains("writes more than"),
+        "{}",
+        said(&writes)
+    );
     let wide = said("{{ [1] | tojson(indent=1000000000000) }}");
     assert!(wide.contains("16 at most"), "{wide}");
 }

@@ -1,5 +1,5 @@
 -- A text and a class that are too long together.
--- expect: hook raised an error
+-- expect: hook raised an error | stopped after
 return {
   decide = function(step)
     local s, class = string.rep("a", 40000), "[" .. string.rep("b", 90) .. "a]*c"

@@ -26,13 +26,14 @@ const STEP_BYTES: usize = 2048;
 const STEPS_A_SECOND: u64 = 5_000;
 /// Steps timed at that pace where `--tokens` does not say; as many go before them.
 const STEPS: usize = 20_000;
+/// A pause in a thread that does nothing but read the clock: the machine was elsewhere.
+const AWAY_US: f64 = 10.0;
 /// Steps written as fast as the disk takes them.
 const SUSTAINED: usize = 60_000;
 /// Steps of one episode.
 const EPISODE: u32 = 50;
-/// At the door, where another thread ends the last one meanwhile: with two cores the first call beside that takes some 30 µs, so with
-/// episodes of 50 steps every fiftieth.
-const DOOR_EPISODE: usize = 200;
+/// And of a longer one, at the door, where another thread ends the last one meanwhile.
+const LONG_EPISODE: u32 = 200;
 /// Steps waited for, and syncs of a file beside them, in turn.
 const DURABLE: usize = 300;
 const DURABLE_PAUSE: Duration = Duration::from_millis(10);
@@ -72,7 +73,10 @@ pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let text = text();
 
     let (record, paced) = at_the_store(&bench.0.join("paced"), &text, steps)?;
-    let (message, busy_at_pace) = at_the_door(&bench.0.join("door"), &text, steps)?;
+    let (message, busy) = at_the_door(&bench.0.join("door"), &text, steps, EPISODE)?;
+    let (message_long, busy_long) =
+        at_the_door(&bench.0.join("door-long"), &text, steps, LONG_EPISODE)?;
+    let busy_at_pace = busy + busy_long;
     let sustained = sustained(
         &bench.0.join("sustained"),
         &text,
@@ -88,15 +92,21 @@ pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
         source,
     })?;
 
-    let mut table = Table::new(&["", ">p50", ">p99", ">highest"]);
-    let mut row = |name: &str, us: &[f64]| {
+    let mut table = Table::new(&["", ">p50", ">p99", ">highest", ">core away"]);
+    let mut row = |name: &str, us: &[f64], away: String| {
         let cell = |share| format!("{:.1} us", at(us, share));
-        table.row([name.into(), cell(0.5), cell(0.99), cell(1.0)]);
+        table.row([name.into(), cell(0.5), cell(0.99), cell(1.0), away]);
     };
-    row("record, on the host's thread", &record);
-    row("the same with the policy's redact hook", &message);
-    row("until a step is durable", &durable);
-    row("fdatasync of a file beside it", &sync);
+    let mut paced_row = |name: &str, paced: &Paced| {
+        let (times, us) = (paced.away_a_second(), at(&paced.away, 0.5));
+        row(name, &paced.took, format!("{times:.0}/s x {us:.0} us"));
+    };
+    paced_row("record, on the host's thread", &record);
+    let door = |steps: u32| format!("through the host's door, {steps} steps an episode");
+    paced_row(&door(EPISODE), &message);
+    paced_row(&door(LONG_EPISODE), &message_long);
+    row("until a step is durable", &durable, String::new());
+    row("fdatasync of a file beside it", &sync, String::new());
     out.table(&table);
     let times = at(&durable, 0.99) / at(&sync, 0.99);
     out.line(&format!(
@@ -112,7 +122,7 @@ pub fn run(args: &super::Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let three = |us: &[f64]| json!({ "p50_us": at(us, 0.5), "p99_us": at(us, 0.99), "highest_us": at(us, 1.0) });
     out.result(&json!({
         "steps": steps, "step_bytes": STEP_BYTES, "steps_a_second": STEPS_A_SECOND,
-        "record": three(&record), "message": three(&message), "refused_at_pace": paced + busy_at_pace,
+        "record": record.json(), "message": message.json(), "message_long": message_long.json(), "refused_at_pace": paced + busy_at_pace,
         "durable": three(&durable), "fdatasync": three(&sync), "durable_p99_in_fdatasyncs": times,
         "sustained_steps_s": sustained, "sqlite_single_rows_s": single, "sqlite_grouped_rows_s": grouped, "group": GROUP,
         "flood": { "taken": flood.taken, "busy": flood.busy, "stats_busy": flood.counted, "longest_us": flood.longest_us },
@@ -176,24 +186,57 @@ fn close(n: u64) -> Record {
     }
 }
 
-/// Calls `act` at the pace, without a system call of its own in between, and gives the microseconds that each call of the second half took.
-fn pace(
-    steps: usize,
-    mut act: impl FnMut(usize) -> Result<Duration, Fail>,
-) -> Result<Vec<f64>, Fail> {
+/// What calls at the pace took, and what the machine took from the thread that made them: interrupts of the disk that its core was
+/// given, or another thread.
+struct Paced {
+    /// Microseconds of each call of the second half, sorted.
+    took: Vec<f64>,
+    /// Microseconds of each time that the core was away while the thread only read the clock, sorted.
+    away: Vec<f64>,
+    seconds: f64,
+}
+
+impl Paced {
+    /// Where that times the length of a call is more than one in a hundred, the p99 is the machine's.
+    fn away_a_second(&self) -> f64 {
+        self.away.len() as f64 / self.seconds
+    }
+
+    fn json(&self) -> Value {
+        let away = json!({ "a_second": self.away_a_second(), "p50_us": at(&self.away, 0.5) });
+        json!({ "p50_us": at(&self.took, 0.5), "p99_us": at(&self.took, 0.99), "highest_us": at(&self.took, 1.0), "away": away })
+    }
+}
+
+/// Calls `act` at the pace, without a system call of its own in between.
+fn pace(steps: usize, mut act: impl FnMut(usize) -> Result<Duration, Fail>) -> Result<Paced, Fail> {
     let every = Duration::from_nanos(1_000_000_000 / STEPS_A_SECOND);
     let mut took = Vec::with_capacity(2 * steps);
-    let mut due = Instant::now();
+    let mut away = Vec::with_capacity(32 * steps);
+    let began = Instant::now();
+    let mut due = began;
     for n in 0..2 * steps {
-        while Instant::now() < due {
-            std::hint::spin_loop();
+        let mut last = Instant::now();
+        while last < due {
+            let now = Instant::now();
+            let gap = (now - last).as_secs_f64() * 1e6;
+            if gap > AWAY_US && away.len() < away.capacity() {
+                away.push(gap);
+            }
+            last = now;
         }
         due += every;
         took.push(act(n)?.as_secs_f64() * 1e6);
     }
+    let seconds = began.elapsed().as_secs_f64();
     let mut took = took.split_off(steps);
     took.sort_by(f64::total_cmp);
-    Ok(took)
+    away.sort_by(f64::total_cmp);
+    Ok(Paced {
+        took,
+        away,
+        seconds,
+    })
 }
 
 fn timed<T>(act: impl FnOnce() -> T) -> (T, Duration) {
@@ -203,7 +246,7 @@ fn timed<T>(act: impl FnOnce() -> T) -> (T, Duration) {
 }
 
 /// The call of the recorder alone. The step is made before, as a host has it; taking it over is part of the call.
-fn at_the_store(dir: &Path, text: &str, steps: usize) -> Result<(Vec<f64>, u64), Fail> {
+fn at_the_store(dir: &Path, text: &str, steps: usize) -> Result<(Paced, u64), Fail> {
     let store = Store::open(dir, StoreOptions::default())?;
     let mut refused = 0;
     let took = pace(steps, |n| {
@@ -229,7 +272,12 @@ fn at_the_store(dir: &Path, text: &str, steps: usize) -> Result<(Vec<f64>, u64),
 
 /// The call that a host makes: an OpenAI message, checked, redacted by the shipped policy, copied. Another thread ends the episodes,
 /// because that waits for the disk.
-fn at_the_door(dir: &Path, text: &str, steps: usize) -> Result<(Vec<f64>, u64), Fail> {
+fn at_the_door(
+    dir: &Path,
+    text: &str,
+    steps: usize,
+    episode_steps: u32,
+) -> Result<(Paced, u64), Fail> {
     let locum = door(dir)?;
     let message = message(text);
     let (played, to_end) = channel::<EpisodeHandle>();
@@ -249,7 +297,7 @@ fn at_the_door(dir: &Path, text: &str, steps: usize) -> Result<(Vec<f64>, u64), 
         });
         let mut open: Option<EpisodeHandle> = None;
         let took = pace(steps, |n| {
-            if n % DOOR_EPISODE == 0 {
+            if n % episode_steps as usize == 0 {
                 let before = open.replace(locum.begin(EpisodeStart::default())?);
                 // Nobody listens any more only where ending failed, which is told below.
                 before.map(|episode| played.send(episode));
@@ -421,5 +469,7 @@ fn plain(dir: &Path, text: &str) -> rusqlite::Result<(f64, f64)> {
 }
 
 fn at(sorted: &[f64], share: f64) -> f64 {
-    sorted[((sorted.len() - 1) as f64 * share).round() as usize]
+    let last = sorted.len().saturating_sub(1);
+    let i = (last as f64 * share).round() as usize;
+    sorted.get(i).copied().unwrap_or(0.0)
 }
