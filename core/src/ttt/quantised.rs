@@ -113,9 +113,10 @@ impl Terms {
                 if let Some(now) = now {
                     to.copy_from_slice(&now[here.clone()]);
                 }
-                self.first.add_to(rows.clone(), lr, to);
+                OuterQ8::add_all_to([&self.first, &self.last], rows, lr, to);
+            } else {
+                self.last.add_to(rows, lr, to);
             }
-            self.last.add_to(rows, lr, to);
             squared_distance(to, &start.weight()[here])
         });
         self.clear();
@@ -129,8 +130,7 @@ impl Terms {
             let rows = panel * PANEL_ROWS..d.min((panel + 1) * PANEL_ROWS);
             // SAFETY: a panel's rows belong to one part.
             let to = unsafe { sum.slice(rows.start * f, rows.len() * f) };
-            self.first.add_to(rows.clone(), lr, to);
-            self.last.add_to(rows, lr, to);
+            OuterQ8::add_all_to([&self.first, &self.last], rows, lr, to);
         };
         let panels = d.div_ceil(PANEL_ROWS);
         match pool {

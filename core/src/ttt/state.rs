@@ -14,6 +14,8 @@ pub struct StartWeight {
     hidden_size: usize,
     norm: f64,
     format: FastFormat,
+    /// Of the scales of a weight like this one in 8 bits; taken once, because every sequence that learns needs it.
+    unit: f32,
 }
 
 /// In which numbers a weight that has learned is applied, and its updates are computed. Its sum is `f32` in any.
@@ -42,12 +44,21 @@ impl StartWeight {
             hidden_size,
             norm,
             format: FastFormat::F32,
+            unit: 1.0,
         }
     }
 
     /// The same, for sequences whose weights are to be kept in another format.
     pub fn in_format(self, format: FastFormat) -> Self {
-        Self { format, ..self }
+        let unit = match format {
+            FastFormat::F32 => 1.0,
+            FastFormat::Q8 => PackedQ8::unit_of(&self.w),
+        };
+        Self {
+            format,
+            unit,
+            ..self
+        }
     }
 
     /// (d, f), row-major.
@@ -534,7 +545,15 @@ impl FastWeight {
         }
         let mut packed = self.room_to_pack();
         let room = Arc::make_mut(&mut packed);
-        let apart = match self.ahead.take() {
+        let coming = match (self.ahead.take(), Arc::get_mut(&mut self.w)) {
+            (None, None) => {
+                // What is shared is not copied first: each part copies what it goes on with, on its own thread.
+                let spare = self.spare.take().filter(|w| Arc::strong_count(w) == 1);
+                Some(spare.unwrap_or_else(|| Arc::new(vec![0.0; self.w.len()])))
+            }
+            (ahead, _) => ahead,
+        };
+        let apart = match coming {
             Some(mut coming) => {
                 let to = Arc::make_mut(&mut coming).as_mut_slice();
                 let apart = terms.finish(
@@ -601,7 +620,7 @@ impl FastWeight {
     fn room_to_pack(&mut self) -> Arc<PackedQ8> {
         let (d, f) = self.start.shape();
         let last = self.packed.take().filter(|w| Arc::strong_count(w) == 1);
-        last.unwrap_or_else(|| Arc::new(PackedQ8::like(&self.start.w, d, f)))
+        last.unwrap_or_else(|| Arc::new(PackedQ8::blank(d, f, self.start.unit)))
     }
 
     fn drop_waiting(&mut self) {

@@ -1,5 +1,6 @@
 //! The product in registers of 512 bits: sixteen columns each, four k an instruction.
 
+use super::outer::{Channels, SMALLEST};
 use super::{Block, CodeLine, Packed, Tile, BLOCK, MAGIC, PANEL};
 use half::f16;
 use std::arch::x86_64::*;
@@ -152,6 +153,60 @@ unsafe fn dot_group<const R: usize, const P: usize>(
             *sum = _mm512_dpbusd_epi32(*sum, *bytes, four);
         }
     }
+}
+
+/// Quantises channels `16 panel..` of rows x (n <= 32, width), multiplied by `factor`: what [`super::outer`] makes of them one by one,
+/// bit for bit.
+///
+/// # Safety
+/// The processor has AVX-512 F.
+///
+/// # Panics
+/// If there are more rows, or no such channels.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn channels(x: &[f32], width: usize, panel: usize, factor: f32) -> Channels {
+    let (from, n) = (panel * PANEL, x.len() / width);
+    assert!(
+        n <= BLOCK && from < width,
+        "a block of rows, and channels in them"
+    );
+    let there = ((1u32 << PANEL.min(width - from)) - 1) as u16;
+    let factor = _mm512_set1_ps(factor);
+    let mut rows = [_mm512_setzero_ps(); BLOCK];
+    // Infinities and NaN come out at the top.
+    let no_sign = _mm512_set1_epi32(i32::MAX);
+    let mut top = _mm512_setzero_si512();
+    for (i, row) in rows.iter_mut().enumerate().take(n) {
+        // SAFETY: the channels that are there, of a row of `x`.
+        let x = unsafe { _mm512_maskz_loadu_ps(there, x.as_ptr().add(i * width + from)) };
+        *row = _mm512_mul_ps(x, factor);
+        top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(*row), no_sign));
+    }
+    let largest = _mm512_castsi512_ps(top);
+    let infinity = _mm512_set1_epi32(f32::INFINITY.to_bits() as i32);
+    let sound = _mm512_cmplt_epu32_mask(top, infinity)
+        & _mm512_cmp_ps_mask::<_CMP_GE_OQ>(largest, _mm512_set1_ps(SMALLEST));
+    let inverse = _mm512_maskz_div_ps(sound, _mm512_set1_ps(127.0), largest);
+    let (magic, byte) = (_mm512_set1_ps(MAGIC), _mm512_set1_epi32(255));
+    let code = |row: __m512| {
+        // Not fused: the product is rounded first, as elsewhere.
+        let sum = _mm512_add_ps(_mm512_mul_ps(row, inverse), magic);
+        _mm512_and_si512(_mm512_castps_si512(sum), byte)
+    };
+    let mut out = Channels {
+        codes: [[0; PANEL]; BLOCK / 4],
+        largest: [0.0; PANEL],
+    };
+    for (words, rows) in out.codes.iter_mut().zip(rows.as_chunks::<4>().0) {
+        let [a, b, c, d] = rows.map(code);
+        let ab = _mm512_or_si512(a, _mm512_slli_epi32::<8>(b));
+        let cd = _mm512_or_si512(_mm512_slli_epi32::<16>(c), _mm512_slli_epi32::<24>(d));
+        // SAFETY: a row of words is sixteen.
+        unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), _mm512_or_si512(ab, cd)) };
+    }
+    // SAFETY: sixteen numbers.
+    unsafe { _mm512_storeu_ps(out.largest.as_mut_ptr(), largest) };
+    out
 }
 
 /// Packs the sixteen rows of a panel, w (16, k) times `factor`, to 8 bits: what [`super::pack`] makes of them block by block, bit for bit.

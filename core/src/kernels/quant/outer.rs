@@ -119,14 +119,36 @@ impl OuterQ8 {
     /// # Panics
     /// If there are no such rows, or w has another length.
     pub fn add_to(&self, rows: Range<usize>, scale: f32, w: &mut [f32]) {
-        self.add_on(QuantPath::best(), rows, scale, w)
+        Self::add_all_to([self], rows, scale, w);
     }
 
-    pub(super) fn add_on(&self, path: QuantPath, rows: Range<usize>, scale: f32, w: &mut [f32]) {
-        let f = self.right.n;
-        assert!(rows.end <= self.d, "rows {rows:?} of {}", self.d);
+    /// [`Self::add_to`] of each in turn, to the same bits, in one pass over w. All are of one shape but for their rows.
+    ///
+    /// # Panics
+    /// As [`Self::add_to`], and for other shapes.
+    pub fn add_all_to<const N: usize>(
+        all: [&Self; N],
+        rows: Range<usize>,
+        scale: f32,
+        w: &mut [f32],
+    ) {
+        Self::add_on(QuantPath::best(), all, rows, scale, w)
+    }
+
+    pub(super) fn add_on<const N: usize>(
+        path: QuantPath,
+        all: [&Self; N],
+        rows: Range<usize>,
+        scale: f32,
+        w: &mut [f32],
+    ) {
+        let Some(shape) = all.first() else { return };
+        let (d, f) = (shape.d, shape.right.n);
+        let alike = |one: &&Self| (one.d, one.right.n) == (d, f);
+        assert!(all.iter().all(alike), "terms of one shape");
+        assert!(rows.end <= d, "rows {rows:?} of {d}");
         assert_eq!(w.len(), rows.len() * f, "(rows, f)");
-        if self.blocks() == 0 || rows.is_empty() {
+        if rows.is_empty() {
             return;
         }
         assert!(
@@ -137,33 +159,35 @@ impl OuterQ8 {
         let (kernel, max_rows, max_panels) = path.kernel::<8>(t);
         let tiles = t.div_ceil(max_rows);
         let mut tile: Tile = [[0.0; MAX_PANELS * PANEL]; MAX_ROWS];
-        let panels = self.right.panels();
+        let panels = shape.right.panels();
         for panel in (0..panels).step_by(max_panels) {
             let count = max_panels.min(panels - panel);
             let col = panel * PANEL;
             let cols = (count * PANEL).min(f - col);
             for i in 0..tiles {
                 let (row, end) = (t * i / tiles, t * (i + 1) / tiles);
-                // SAFETY: the processor has the path, asserted above; `end - row <= max_rows` by the choice of `tiles`; `left` holds
-                // `d` rows of `blocks` blocks; the panels exist.
-                unsafe {
-                    kernel(
-                        &self.right,
-                        panel,
-                        count,
-                        &self.left,
-                        rows.start + row,
-                        end - row,
-                        &mut tile,
-                    )
-                };
-                on_lanes(AddTile {
-                    tile: &tile[..end - row],
-                    cols,
-                    scale: scale * self.right.unit,
-                    to: &mut w[row * f + col..],
-                    stride: f,
-                });
+                for one in all.iter().filter(|one| one.blocks() > 0) {
+                    // SAFETY: the processor has the path, asserted above; `end - row <= max_rows` by the choice of `tiles`; `left`
+                    // holds `d` rows of `blocks` blocks; the panels exist.
+                    unsafe {
+                        kernel(
+                            &one.right,
+                            panel,
+                            count,
+                            &one.left,
+                            rows.start + row,
+                            end - row,
+                            &mut tile,
+                        )
+                    };
+                    on_lanes(AddTile {
+                        tile: &tile[..end - row],
+                        cols,
+                        scale: scale * one.right.unit,
+                        to: &mut w[row * f + col..],
+                        stride: f,
+                    });
+                }
             }
         }
     }
@@ -204,9 +228,10 @@ impl OnLanes for AddTile<'_> {
 }
 
 /// Sixteen channels of a block of rows: signed codes, four rows a word, and the largest size in each channel.
-struct Channels {
-    codes: [[u32; PANEL]; BLOCK / 4],
-    largest: [f32; PANEL],
+#[derive(Debug, PartialEq)]
+pub(super) struct Channels {
+    pub codes: [[u32; PANEL]; BLOCK / 4],
+    pub largest: [f32; PANEL],
 }
 
 /// Scale of a channel whose largest size is this: not finite for one that is not, 0 for one that counts as zero.
@@ -219,7 +244,7 @@ fn scale(largest: f32) -> f32 {
 }
 
 /// As for rows of `x`: 127 over the largest must be finite.
-const SMALLEST: f32 = 1e-30;
+pub(super) const SMALLEST: f32 = 1e-30;
 
 /// A power of two near the largest finite size of these numbers, and one over it: exact, whatever is multiplied by it.
 fn unit(z: &[f32]) -> (f32, f32) {
@@ -272,6 +297,10 @@ fn channels(x: &[f32], width: usize, panel: usize, factor: f32) -> Channels {
         #[target_feature(enable = "avx2")]
         fn wide(x: &[f32], width: usize, panel: usize, factor: f32) -> Channels {
             quantise_channels(x, width, panel, factor)
+        }
+        if features().avx512 {
+            // SAFETY: the feature was detected.
+            return unsafe { super::avx512::channels(x, width, panel, factor) };
         }
         if features().avx2_fma {
             // SAFETY: the feature was detected.
@@ -326,7 +355,7 @@ fn halves(scales: &mut [ScaleLine]) -> &mut [f16] {
 
 impl PackedQ8 {
     /// A weight (n, k) of zeros with room for numbers of up to some 2^22 of these units, exact to 2^-8 of one; a power of two.
-    fn blank(n: usize, k: usize, unit: f32) -> Self {
+    pub fn blank(n: usize, k: usize, unit: f32) -> Self {
         let mut packed = Self {
             n,
             k,
@@ -337,11 +366,6 @@ impl PackedQ8 {
         };
         packed.make_room();
         packed
-    }
-
-    /// A weight of zeros, to be filled by [`Self::refill`] with numbers of about the size of `w` (n, k).
-    pub fn like(w: &[f32], n: usize, k: usize) -> Self {
-        Self::blank(n, k, Self::unit_of(w))
     }
 
     /// Packs `w` (n, k) again after a change, panel by panel: `change` is given the rows of a panel and where they stand, and may write to
@@ -467,12 +491,12 @@ mod tests {
             outer.fill(Some(&pool), 0, &v, &z);
             for path in QuantPath::available() {
                 let mut got = vec![0.0; d * f];
-                outer.add_on(path, 0..d, 0.5, &mut got);
+                OuterQ8::add_on(path, [&outer], 0..d, 0.5, &mut got);
                 let error = relative(&got, &want);
                 assert!(error < 0.01, "{path:?} {n} {d} {f}: {error}");
                 // What is there already stays there.
                 let mut twice = got.clone();
-                outer.add_on(path, 0..d, 0.5, &mut twice);
+                OuterQ8::add_on(path, [&outer], 0..d, 0.5, &mut twice);
                 for (twice, once) in twice.iter().zip(&got) {
                     assert!((twice - 2.0 * once).abs() <= 1e-6 * once.abs());
                 }
@@ -503,7 +527,12 @@ mod tests {
             parts.add_to(row..row + 1, 0.3, &mut b[row * f..(row + 1) * f]);
         }
         assert_eq!(a, b);
-        let mut packed = PackedQ8::like(&w, d, f);
+        // Several in one pass are each in its turn.
+        let mut once = w.clone();
+        OuterQ8::add_all_to([&whole, &parts], 0..d, 0.3, &mut once);
+        whole.add_to(0..d, 0.3, &mut b);
+        assert_eq!(once, b);
+        let mut packed = PackedQ8::blank(d, f, PackedQ8::unit_of(&w));
         let mut c = w.clone();
         let sum = packed.refill(Some(&Pool::new(2, 0)), &mut c, |rows, w| {
             whole.add_to(rows.clone(), 0.3, w);
@@ -553,6 +582,34 @@ mod tests {
                 for line in block * 8..block * 8 + 8 {
                     assert_eq!(wide[line][4 * c..4 * c + 4], rows[line][4 * c..4 * c + 4]);
                 }
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn channels_quantised_in_wide_registers_have_the_bits_of_those_quantised_one_by_one() {
+        if !features().avx512 {
+            return;
+        }
+        for (n, width, size, bad) in [
+            (32, 48, 1.0, 1.0),
+            (32, 37, 1e-35, 0.0),
+            (7, 16, 3e4, f32::NAN),
+            (31, 5, 1e-9, f32::NEG_INFINITY),
+        ] {
+            let mut x = normal(n * width, 5, size);
+            x[width + 3] = bad;
+            for row in x.chunks_mut(width) {
+                row[1] = 0.0;
+            }
+            for panel in 0..width.div_ceil(PANEL) {
+                let plain = quantise_channels(&x, width, panel, 0.25);
+                // SAFETY: the feature was detected.
+                let wide = unsafe { super::super::avx512::channels(&x, width, panel, 0.25) };
+                assert_eq!(plain.codes, wide.codes, "{n} {width} {panel}");
+                let bits = |c: &Channels| c.largest.map(f32::to_bits);
+                assert_eq!(bits(&plain), bits(&wide), "{n} {width} {panel}");
             }
         }
     }

@@ -54,7 +54,7 @@ impl<const BITS: usize> Packed<BITS> {
     }
 
     /// The power of two in which scales of a weight like this are counted.
-    pub(super) fn unit_of(w: &[f32]) -> f32 {
+    pub fn unit_of(w: &[f32]) -> f32 {
         unit(w)
     }
 
