@@ -70,6 +70,14 @@ for _, name in { "concat", "remove", "insert", "clone" } do
   bounded(table, name, MAX_LIST, "elements")
 end
 
+local create = table.create
+function table.create(n, ...)
+  if type(n) == "number" and n > MAX_LIST then
+    error("create: at most " .. MAX_LIST .. " elements", 2)
+  end
+  return create(n, ...)
+end
+
 -- A table has no order that a policy may rely on, and its address is noise.
 local function safe_tostring(v)
   local s = raw_tostring(v)

@@ -2,7 +2,7 @@
 -- expect: hook stopped after | over its memory limit
 return {
   decide = function(step)
-    local t = table.create(900000, "")
+    local t = table.create(260000, "")
     while true do
       table.concat(t)
     end

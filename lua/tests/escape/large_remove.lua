@@ -2,7 +2,7 @@
 -- expect: hook stopped after | over its memory limit
 return {
   decide = function(step)
-    local t = table.create(900000, 1)
+    local t = table.create(260000, 1)
     while true do
       table.remove(t, 1)
     end

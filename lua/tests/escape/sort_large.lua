@@ -2,7 +2,7 @@
 -- expect: hook stopped after
 return {
   decide = function(step)
-    table.sort(table.create(500000, 1))
+    table.sort(table.create(260000, 1))
     return "student"
   end,
 }
