@@ -70,6 +70,15 @@ for _, name in { "concat", "remove", "insert", "clone" } do
   bounded(table, name, MAX_LIST, "elements")
 end
 
+-- What makes a large one at once.
+local rep = string.rep
+function string.rep(s, n, ...)
+  if type(n) == "number" and length(s) * n > MAX_TEXT then
+    error("rep: at most " .. MAX_TEXT .. " bytes", 2)
+  end
+  return rep(s, n, ...)
+end
+
 local create = table.create
 function table.create(n, ...)
   if type(n) == "number" and n > MAX_LIST then
@@ -96,6 +105,11 @@ function tostring(...)
 end
 
 function string.format(f, ...)
+  for i = 1, select("#", ...) do
+    if length((select(i, ...))) > MAX_TEXT then
+      error("format: at most " .. MAX_TEXT .. " bytes", 2)
+    end
+  end
   for i = 1, select("#", ...) do
     local t = type((select(i, ...)))
     if t ~= "string" and t ~= "number" and t ~= "boolean" and t ~= "nil" then

@@ -624,36 +624,70 @@ fn oversized_and_binary_sources_and_compile_bombs_are_refused() {
 #[test]
 fn a_call_over_more_than_the_interrupt_can_wait_for_is_refused_and_one_below_is_made() {
     let calls = [
+        ("string.rep('x', N)", 1 << 20, (1 << 20) + 1, "rep: at most"),
+        ("string.rep(7, N)", 1, 1 << 20, "rep: at most"),
         (
-            "string.reverse(string.rep('x', N))",
+            "string.reverse(text(N))",
             1 << 20,
+            (1 << 20) + 1,
             "reverse: at most",
         ),
         (
-            "string.upper(string.rep('x', N))",
+            "string.upper(text(N))",
             1 << 20,
+            (1 << 20) + 1,
             "upper: at most",
         ),
-        ("utf8.len(string.rep('x', N))", 1 << 20, "len: at most"),
-        ("table.create(N, 1)", 1 << 18, "create: at most"),
-        ("table.clone(list(N))", 1 << 18, "clone: at most"),
-        ("table.concat(list(N))", 1 << 18, "concat: at most"),
         (
-            "string.find(string.rep('a', N), '[' .. string.rep('b', 61) .. 'a]*c')",
+            "string.format('%q', text(N))",
+            1 << 20,
+            (1 << 20) + 1,
+            "format: at most",
+        ),
+        ("utf8.len(text(N))", 1 << 20, (1 << 20) + 1, "len: at most"),
+        (
+            "table.create(N, 1)",
+            1 << 18,
+            (1 << 18) + 1,
+            "create: at most",
+        ),
+        (
+            "table.clone(list(N))",
+            1 << 18,
+            (1 << 18) + 1,
+            "clone: at most",
+        ),
+        (
+            "table.concat(list(N))",
+            1 << 18,
+            (1 << 18) + 1,
+            "concat: at most",
+        ),
+        // Below its limit it takes the square of the text's length, so that one is tried with a short text.
+        (
+            "string.find(text(N), '[' .. string.rep('b', 61) .. 'x]*c')",
+            256,
             1 << 15,
             "string.find: text and pattern are too long together",
         ),
     ];
-    for (call, most, why) in calls {
-        let list = "local function list(n) local t = table.create(2^18, 'x') for i = 2^18 + 1, n do t[i] = 'x' end return t end";
+    let helpers = "
+        local function list(n)
+            local t = table.create(math.min(n, 2^18), 'x')
+            for i = 2^18 + 1, n do t[i] = 'x' end
+            return t
+        end
+        local function text(n)
+            return string.rep('x', math.min(n, 2^20)) .. string.rep('x', math.max(n - 2^20, 0))
+        end";
+    for (call, made, over, why) in calls {
         let source = |n: usize| {
             let call = call.replace('N', &n.to_string());
-            format!("{list}\n{call}\nreturn {{}}")
+            format!("{helpers}\n{call}\nreturn {{}}")
         };
-        let said = refused(&source(most + 1));
+        load(&source(made));
+        let said = refused(&source(over));
         assert!(said.contains(why), "{call}: {said}");
-        let most = if call.contains("find") { 256 } else { most };
-        load(&source(most));
     }
 }
 

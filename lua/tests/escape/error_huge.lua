@@ -2,6 +2,8 @@
 -- expect: hook raised an error | stopped after
 return {
   decide = function(step)
-    error(string.rep("x", 8e6))
+    local million = string.rep("x", 1e6)
+    local four = million .. million .. million .. million
+    error(four .. four)
   end,
 }

@@ -2,6 +2,6 @@
 -- expect: hook raised an error | stopped after
 return {
   decide = function(step)
-    return "student", tostring(string.find(string.rep("a", 4e6), string.rep("a", 2e6) .. "b", 1, true))
+    return "student", tostring(string.find(string.rep("a", 1e6), string.rep("a", 5e5) .. "b", 1, true))
   end,
 }

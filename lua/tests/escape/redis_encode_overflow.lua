@@ -2,7 +2,7 @@
 -- expect: hook over its memory limit | stopped after | raised an error
 return {
   decide = function(step)
-    local text = string.rep("\1", 4 * 1024 * 1024)
+    local text = string.rep("\1", 1024 * 1024)
     return "student", string.format("%q", text .. text) .. string.rep(text, 256)
   end,
 }

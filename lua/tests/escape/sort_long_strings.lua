@@ -2,7 +2,8 @@
 -- expect: hook stopped after
 return {
   decide = function(step)
-    local a, b = string.rep("x", 2e6) .. "a", string.rep("x", 2e6) .. "b"
+    local million = string.rep("x", 1e6)
+    local a, b = million .. million .. "a", million .. million .. "b"
     local t = {}
     for i = 1, 5000 do
       t[i] = if i % 2 == 0 then a else b

@@ -1,5 +1,5 @@
 -- A gigabyte in one call.
--- expect: hook over its memory limit | stopped after
+-- expect: hook raised an error
 return {
   decide = function(step)
     return "student", tostring(#string.rep("x", 2 ^ 30))
