@@ -10,7 +10,7 @@ use crate::limits::MAX_EPISODE_BYTES;
 
 /// Largest template source, in bytes.
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
-/// Instructions that one rendering may take: 0.9 s of empty loops, and far more than the longest episode needs.
+/// Instructions that one rendering may take: 0.9 s of empty loops.
 const MAX_FUEL: u64 = 20_000_000;
 /// Largest text that one rendering may write: twice what an episode may hold, for what JSON escapes.
 const MAX_RENDERED_BYTES: usize = 2 * MAX_EPISODE_BYTES;
