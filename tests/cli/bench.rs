@@ -71,8 +71,14 @@ fn every_bench_measures_what_it_names() {
 fn recording_is_measured_beside_the_disk_and_plain_sqlite() {
     let world = World::new();
     let record = world.json(&["bench", "record", "--tokens", "500"]);
-    for part in ["record", "message", "durable", "fdatasync"] {
+    for part in ["record", "message", "message_long", "durable", "fdatasync"] {
         assert!(record[part]["p99_us"].as_f64().unwrap() > 0.0, "{record}");
+    }
+    // How often the core was away is counted beside each, whether or not it was.
+    for part in ["record", "message", "message_long"] {
+        let away = &record[part]["away"];
+        let (times, each) = (away["a_second"].as_f64(), away["p50_us"].as_f64());
+        assert!(times.unwrap() == 0.0 || each.unwrap() > 0.0, "{record}");
     }
     for rate in [
         "sustained_steps_s",

@@ -58,7 +58,7 @@ pub(super) struct Loaded {
     pub best: Option<Snapshot>,
 }
 
-/// Reads the state back into trainee and optimiser. `None` if there is none, or one of another plan or other data:
+/// Reads the state back into trainee and optimiser. `None` if there is none, or one of a plan that cannot go on as this or of other data:
 /// such a state is of no use and the training starts anew.
 pub(super) fn load(
     dir: &Path,
@@ -82,11 +82,13 @@ pub(super) fn load(
         .as_ref()
         .and_then(|m| m.get("state"))
         .ok_or_else(|| bad(&path, "no state inside"))?;
-    let (state, steps): (State, u64) = serde_json::from_str(text).map_err(|e| bad(&path, e))?;
-    if state.plan.as_ref() != Some(plan) || state.data != data_hash {
+    let (mut state, steps): (State, u64) = serde_json::from_str(text).map_err(|e| bad(&path, e))?;
+    let goes_on = state.plan.as_ref().is_some_and(|was| was.goes_on_as(plan));
+    if !goes_on || state.data != data_hash {
         remove_best(dir, None);
         return Ok(None);
     }
+    state.plan = Some(plan.clone());
     let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(&path, e))?;
     let ids: Vec<TrainId> = adam.moments.keys().copied().collect();
     let mut sizes = Vec::with_capacity(ids.len());

@@ -153,6 +153,16 @@ fn shares() -> bool {
 }
 
 impl TrainPlan {
+    /// Whether a training that began under this plan may go on under another. In which numbers products are computed may change, as
+    /// it does where a job is taken up on another machine: weights and moments are `f32` in either.
+    pub(super) fn goes_on_as(&self, other: &Self) -> bool {
+        let compute = other.compute;
+        Self {
+            compute,
+            ..self.clone()
+        } == *other
+    }
+
     /// The built-in recipe with a policy's or a caller's knobs turned, each clamped to what cannot do harm.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use super::fit::{step_gradients, LowerCache, StepOutcome, Trainee};
 use super::plan::TttPlan;
 use super::*;
 use crate::kernels::{Pool, Random};
-use crate::model::{write_tiny, AdapterConfig, Grads, Lora, Model, Tape, LINEARS};
+use crate::model::{write_tiny, AdapterConfig, Compute, Grads, Lora, Model, Tape, LINEARS};
 use crate::ttt::{TttConfig, TttStart};
 
 const METHODS: [Method; 3] = [
@@ -382,6 +382,49 @@ fn a_training_that_runs_away_ends_at_its_next_look_with_both_losses() {
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("a rate of 3 is too high for any model"),
     }
+}
+
+#[test]
+fn a_training_goes_on_in_other_numbers_and_under_another_rate_begins_anew() {
+    let pool = Pool::new(2, 0);
+    let samples: Vec<Sample> = (0..12)
+        .map(|i| sample(i % 2, 32, 5 + i as usize, 4))
+        .collect();
+    let (train, held_out) = samples.split_at(9);
+    // Steps of a run that is stopped behind its third one, and of the run that comes after it.
+    let runs = |compute: Compute, lr: f64| {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |compute: Compute, lr: f64, most: usize| {
+            let plan = TrainPlan {
+                method: Method::Full,
+                tokens: 2000,
+                batch_tokens: 160,
+                lr,
+                compute,
+                ..TrainPlan::default()
+            };
+            let mut steps = Vec::new();
+            let go = &mut |progress: &Progress| {
+                steps.push(progress.step);
+                match steps.len() < most {
+                    true => Flow::Go,
+                    false => Flow::Stop,
+                }
+            };
+            let base = model("llama");
+            let at = Some(dir.path());
+            let ended = fit(&pool, base, train, held_out, "x", &plan, at, go);
+            (steps, ended.is_ok())
+        };
+        let (before, ended) = run(Compute::F32, 1e-3, 3);
+        assert_eq!((before, ended), (vec![1, 2, 3], false));
+        let (after, ended) = run(compute, lr, usize::MAX);
+        assert!(ended);
+        after[0]
+    };
+    assert_eq!(runs(Compute::F32, 1e-3), 4);
+    assert_eq!(runs(Compute::Bf16, 1e-3), 4);
+    assert_eq!(runs(Compute::F32, 2e-3), 1);
 }
 
 #[test]

@@ -103,6 +103,8 @@ pub struct Said {
     pub current: Option<u64>,
     pub pointing: BTreeSet<u64>,
     pub errors: Vec<String>,
+    /// Commits that failed, those that went through at another try among them.
+    pub store_errors: u64,
     pub points: BTreeMap<String, u64>,
     pub done: bool,
     pub killed: bool,
@@ -131,6 +133,7 @@ impl Said {
                     said.pointing.clear();
                 }
                 "error" => said.errors.push(line["error ".len()..].into()),
+                "counted" => said.store_errors = number(word()),
                 "point" => {
                     let n = number(word());
                     said.points.insert(words.collect::<Vec<_>>().join(" "), n);
@@ -228,6 +231,7 @@ fn record(store: &Path, life: u64) -> Result<(), Error> {
             say(&format!("error {error}"));
         }
     }
+    say(&format!("counted {}", locum.stats().store_errors));
     locum.close(SOON)
 }
 
