@@ -224,7 +224,7 @@ impl Job {
         let labels: Vec<u32> = rows.iter().map(|row| all[row + 1]).collect();
         let weights = vec![1.0; rows.len()];
         let began = Instant::now();
-        self.training.forward(&texts, true).unwrap();
+        self.training.forward(&texts, 0.0, true).unwrap();
         self.training
             .head((&rows, &labels, &weights), Some(1.0 / rows.len() as f32))
             .unwrap();
