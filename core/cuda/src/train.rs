@@ -60,8 +60,8 @@ struct Pass {
 }
 
 pub struct Training {
-    pub(crate) lane: Arc<Lane>,
-    pub(crate) model: Model,
+    pub lane: Arc<Lane>,
+    pub model: Model,
     moving: Vec<Moving>,
     places: BTreeMap<(u32, u32, u32), usize>,
     rank: usize,
@@ -167,11 +167,11 @@ impl Training {
         self.moving.len()
     }
 
-    pub(crate) fn dims(&self) -> Dims {
+    pub fn dims(&self) -> Dims {
         self.model.dims
     }
 
-    pub(crate) fn grad(&self, layer: usize, which: u32) -> Option<&Buffer> {
+    pub fn grad(&self, layer: usize, which: u32) -> Option<&Buffer> {
         let at = self.places.get(&(FULL, layer as u32, which))?;
         Some(&self.moving[*at].grad)
     }
@@ -582,34 +582,28 @@ impl Training {
         let (dact, dgate_up, dn) = (buffer(m.f, size)?, buffer(2 * m.f, size)?, buffer(m.d, 4)?);
         let down = [(table::DOWN, 0, m.d)];
         let learns = walk.zip(self.model.starts.get(&(layer as u32)));
-        // What updates passed back is added in `f32`.
-        let (mut sums, format) = (
-            None,
-            if learns.is_some() {
-                Format::F32
-            } else {
-                m.format
-            },
-        );
-        if format != m.format {
-            sums = Some(buffer(m.f, 4)?);
-        }
-        let to = sums.as_ref().unwrap_or(&dact).at;
+        // What comes back through updates is added in `f32`.
+        let exact = match learns {
+            Some(_) if m.format != Format::F32 => Some(buffer(m.f, 4)?),
+            _ => None,
+        };
+        let plain = (dact.at, m.format);
+        let to = exact.as_ref().map_or(plain, |sums| (sums.at, Format::F32));
         self.linear_back(
             layer,
             &down,
             block.down.at,
             (tape.act.at, dy.at),
             (t, m.f, m.d),
-            (to, format),
+            to,
         )?;
         let mut sources = None;
         if let Some((walk, start)) = learns {
             let activations = (tape.gate_up.at, tape.act.at);
             let seen = self.seen(block, (tape.x2.at, tape.n2.at), activations, t)?;
-            sources = Some(self.learn_back(layer, walk, start, seen, (dx.at, to))?);
+            sources = Some(self.learn_back(layer, walk, start, seen, (dx.at, to.0))?);
         }
-        if let Some(sums) = sums {
+        if let Some(sums) = exact {
             launch!(lane, lane.kernel("convert", own), ((t * m.f).div_ceil(256), 1, 1), 256, 0; sums.at, dact.at, (t * m.f) as u64)?;
         }
         launch!(lane, lane.kernel("swiglu_back", own), (t, 1, 1), 256, 0; tape.gate_up.at, dact.at, dgate_up.at, m.f as i32)?;

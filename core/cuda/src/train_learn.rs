@@ -28,7 +28,7 @@ struct Chunk {
 }
 
 /// The chunks of a forward pass, and the step size of their updates.
-pub(crate) struct Walk {
+pub struct Walk {
     lr: f32,
     /// Rows in all.
     t: usize,
@@ -39,15 +39,10 @@ pub(crate) struct Walk {
 }
 
 /// What updates are made from, in `f32`: activations z (t, f) and the MLP's normed inputs u (t, d).
-pub(crate) struct Seen {
+pub struct Seen {
     z: Address,
     u: Address,
     _own: Option<(Buffer, Buffer)>,
-}
-
-/// What the filter's backward pass reads.
-pub(crate) struct Sources {
-    dfiltered: Buffer,
 }
 
 /// Rows of a matrix (t, width) of `f32`.
@@ -61,7 +56,7 @@ fn rows(at: Address, rows: &Range<usize>, width: usize) -> Mat {
 
 impl Training {
     /// The chunks of sequences of these lengths; `None` if none has several, or nothing is written.
-    pub(crate) fn walk(&self, lens: &[u32], lr: f32) -> Result<Option<Walk>> {
+    pub fn walk(&self, lens: &[u32], lr: f32) -> Result<Option<Walk>> {
         let c = self.dims().chunk;
         if c == 0 || lr == 0.0 || self.model.starts.is_empty() {
             return Ok(None);
@@ -97,7 +92,7 @@ impl Training {
 
     /// The block's MLP inputs and activations in `f32`: where they are kept in another format, they are computed again from what they
     /// were made of, rather than kept twice.
-    pub(crate) fn seen(
+    pub fn seen(
         &self,
         block: &Layer,
         (x2, n2): (Address, Address),
@@ -126,7 +121,7 @@ impl Training {
     }
 
     /// Adds to y (t, d) what the sequences' own weights say beyond the trained one.
-    pub(crate) fn learn(&self, walk: &Walk, start: &Start, seen: &Seen, y: Address) -> Result<()> {
+    pub fn learn(&self, walk: &Walk, start: &Start, seen: &Seen, y: Address) -> Result<()> {
         let m = self.dims();
         let filtered = self.filtered(walk, start, seen)?;
         let target = self.target(walk, start, &filtered)?;
@@ -144,15 +139,15 @@ impl Training {
     }
 
     /// Backward of [`Self::learn`] for dy (t, d): adds to dz (t, f), and to the sums of filter and projection if they train.
-    /// [`Self::sources_back`] goes on with what it returns.
-    pub(crate) fn learn_back(
+    /// Returns the gradient of the filtered rows (t, d), with which [`Self::sources_back`] goes on.
+    pub fn learn_back(
         &self,
         layer: usize,
         walk: &Walk,
         start: &Start,
         seen: Seen,
         (dy, dz): (Address, Address),
-    ) -> Result<Sources> {
+    ) -> Result<Buffer> {
         let (m, lane, t) = (self.dims(), &self.lane, walk.t);
         let filtered = self.filtered(walk, start, &seen)?;
         let target = self.target(walk, start, &filtered)?;
@@ -201,20 +196,20 @@ impl Training {
             launch!(lane, lane.kernel("filter_taps_back", None), (m.d.div_ceil(32), m.taps, 1), 256, 0;
                 seen.u, dfiltered.at, walk.chunks.at, grad.at, t as i32, m.d as i32, m.taps as i32)?;
         }
-        Ok(Sources { dfiltered })
+        Ok(dfiltered)
     }
 
     /// Adds to du (t, d) what the targets pass back to what they were made from.
-    pub(crate) fn sources_back(
+    pub fn sources_back(
         &self,
         walk: &Walk,
         start: &Start,
-        sources: &Sources,
+        dfiltered: &Buffer,
         du: Address,
     ) -> Result<()> {
         let (m, lane) = (self.dims(), &self.lane);
         launch!(lane, lane.kernel("filter_rows_back", None), (walk.t, 1, 1), 256, 0;
-            sources.dfiltered.at, start.taps.at, walk.chunks.at, du, m.d as i32, m.taps as i32)
+            dfiltered.at, start.taps.at, walk.chunks.at, du, m.d as i32, m.taps as i32)
     }
 
     /// `conv(u)` (t, d) of every chunk, zeros for the last ones.

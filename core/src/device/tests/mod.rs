@@ -3,6 +3,7 @@
 
 mod engine;
 mod faults;
+mod label;
 mod object;
 mod parity;
 mod speed;

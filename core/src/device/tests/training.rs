@@ -208,6 +208,14 @@ fn gradients_through_layers_that_learn_are_those_of_the_processor() {
 }
 
 #[test]
+fn a_student_that_learns_by_gradients_is_trained_as_a_plain_one() {
+    let mut model = reference("llama");
+    let layers = model.config.num_hidden_layers;
+    model.config.ttt = Some(TttConfig::gradient(layers, 8, 0.1));
+    check("llama, by gradients", &model, None, 0, 1e-4);
+}
+
+#[test]
 fn gradients_through_layers_that_learn_are_those_of_the_authors_code() {
     let Some(card) = card() else { return };
     for name in ["llama_untrained", "qwen3_hidden_lr3"] {
