@@ -171,6 +171,15 @@ fn dataset(store: &Path, job: u64) -> (f64, f64) {
     (number("train"), number("tokens"))
 }
 
+/// Sets it when it goes out of sight, by whatever way, so that nobody goes on for ever.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 fn measure(size: &Size) {
     if card().is_none() {
         return;
@@ -228,6 +237,7 @@ fn measure(size: &Size) {
             }
             waits
         });
+        let ends = Ends(&ended);
         // The card is warm before the label comes.
         let handle = begin(&locum, "the new student's");
         ask(&locum, &handle).unwrap();
@@ -262,7 +272,7 @@ fn measure(size: &Size) {
         let (version, first) = ask(&locum, &handle).unwrap();
         assert_eq!(version, status.version);
         let answered = (first - label).as_secs_f64();
-        ended.store(true, Ordering::SeqCst);
+        drop(ends);
         let mut waits = served.join().unwrap();
         let (rows, tokens) = dataset(&store, job);
         say("label to first token: rows", vec![rows], "");
