@@ -331,6 +331,7 @@ fn fit_there(
     let step_size = (trainee.model.config.ttt.as_ref())
         .filter(|_| trainee.model.writes_nothing_yet())
         .map(|ttt| ttt.lr);
+    let ttt_from = plan.ttt.as_ref().map_or(0.0, |ttt| ttt.from);
     let mut state = State {
         plan: Some(plan.clone()),
         data: data_hash.into(),
@@ -410,7 +411,10 @@ fn fit_there(
             let attention = pool.attentive();
             if let (Some(ttt), Some(lr)) = (&mut trainee.model.config.ttt, step_size) {
                 // What untrained filters write at full step size can throw the student off before they have learned what to write.
-                ttt.lr = lr * (done / TTT_WARMUP).clamp(0.003, 1.0) as f32;
+                ttt.lr = match done - ttt_from {
+                    early if early < 0.0 => 0.0,
+                    since => lr * (since / TTT_WARMUP).clamp(0.003, 1.0) as f32,
+                };
             }
             let outcome = match &mut card {
                 Some(on) => match on.step_gradients(train, batch, trim, trainee.ttt_lr()) {

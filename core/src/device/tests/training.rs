@@ -384,7 +384,7 @@ fn student() -> Model {
         .unwrap()
 }
 
-/// How such a student is trained.
+/// How such a student is trained: for a while as a plain one.
 fn student_plan(method: Method) -> TrainPlan {
     let ttt = TttPlan {
         start: TttStart::Published,
@@ -392,6 +392,7 @@ fn student_plan(method: Method) -> TrainPlan {
         chunk_len: 4,
         lr: 2.0,
         rate: 2e-2,
+        from: 0.2,
     };
     TrainPlan {
         ttt: Some(ttt),
