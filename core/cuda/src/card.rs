@@ -59,6 +59,9 @@ const PLAIN: &[&str] = &[
     "add_heads",
     "embed_back",
     "join_parts",
+    "filter_rows",
+    "filter_rows_back",
+    "filter_taps_back",
 ];
 /// Widths of a head that attention in tiles knows.
 pub const TILED: [usize; 4] = [16, 32, 64, 128];
