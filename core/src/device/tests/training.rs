@@ -497,11 +497,11 @@ fn a_whole_training_of_a_student_that_learns_has_the_losses_of_the_processor() {
         assert!(peak > 0, "{:?} was not trained on the card", plan.method);
         println!("{:?}: on {}", plan.method, device.words());
         assert_eq!((want.steps, want.tokens), (got.steps, got.tokens));
-        // As above.
+        // The first for the same reason as above.
         let tolerance = if let Method::Upper { .. } = plan.method {
             3e-2
         } else {
-            2e-3
+            5e-4
         };
         assert_close("losses", &losses(&want), &losses(&got), tolerance);
         for (id, data) in &want.model.weights.params {
