@@ -213,6 +213,7 @@
 ---@field ttt_chunk? number tokens of a chunk
 ---@field ttt_lr? number step size of the updates while reading
 ---@field ttt_rate? number learning rate of their filters and projections
+---@field ttt_from? number share of the training before they begin to learn
 
 ---How the student sees an episode.
 ---@class locum.View
