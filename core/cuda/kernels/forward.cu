@@ -25,13 +25,13 @@ static __device__ void rms_norm(const float *x, const float *w, const int *rows,
 }
 
 // One warp a head: norms (Qwen3) and rotates queries and keys, and puts keys and values where their sequence keeps them.
-// qkv (t, (h + 2g) e) -> q (t, h, e), keys, values. Grid (t, ceil((h + 2g) / 4)), 128 threads.
+// Of a row that is nobody's, nothing. qkv (t, (h + 2g) e) -> q (t, h, e), keys, values. Grid (t, ceil((h + 2g) / 4)), 128 threads.
 template <class T>
 static __device__ void rope_split(const T *qkv, const unsigned *positions, const float *cos, const float *sin, const float *q_norm,
                            const float *k_norm, const int *span_of, const Span *spans, int layer, T *q, int h, int g, int e, float eps) {
   size_t row = blockIdx.x;
   int head = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, half = e / 2;
-  if (head >= h + 2 * g) return;
+  if (head >= h + 2 * g || span_of[row] < 0) return;
   const Span span = spans[span_of[row]];
   size_t pos = span.pos + (row - span.row);
   const T *from = qkv + (row * (h + 2 * g) + head) * e;
@@ -77,31 +77,10 @@ template <class T, int R>
 static __device__ void few_rows(const T *x, const T *w, T *y, float *sums, int add, int n, int k, int out) {
   int column = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (column >= out) return;
-  const T *row = w + (size_t)column * k;
   float acc[R];
 #pragma unroll
   for (int r = 0; r < R; r++) acc[r] = 0;
-  // Sixteen bytes at a time where rows begin at such.
-  const int wide = 16 / sizeof(T);
-  int whole = k % wide == 0 ? k : 0;
-  for (int i = lane * wide; i < whole; i += 32 * wide) {
-    alignas(16) T part[16 / sizeof(T)];
-    *(uint4 *)part = *(const uint4 *)(row + i);
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      if (r < n) {
-        alignas(16) T mine[16 / sizeof(T)];
-        *(uint4 *)mine = *(const uint4 *)(x + (size_t)r * k + i);
-#pragma unroll
-        for (int j = 0; j < wide; j++) acc[r] += widen(part[j]) * widen(mine[j]);
-      }
-    }
-  }
-  for (int i = whole + lane; i < k; i += 32) {
-#pragma unroll
-    for (int r = 0; r < R; r++)
-      if (r < n) acc[r] += widen(row[i]) * widen(x[(size_t)r * k + i]);
-  }
+  row_sums<T, R>(x, w + (size_t)column * k, n, k, acc);
 #pragma unroll
   for (int r = 0; r < R; r++) {
     float sum = warp_sum(acc[r]);

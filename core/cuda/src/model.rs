@@ -1,14 +1,16 @@
 //! A decoder's weights on the card: matrices in the model's format, norms and what learns in `f32`.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use crate::attention::busy;
 use crate::card::{launch, Buffer, Format, Lane, Mat};
 use crate::driver::{Address, Fault, Result};
+use crate::small::Small;
 use crate::table::{self, Shape, Tensor};
 
 /// Rows up to which a product reads the weights row by row; cuBLAS is made for more.
-const FEW_ROWS: usize = 4;
+pub const FEW_ROWS: usize = 4;
 
 /// A decoder's dimensions, by the shape letters of core/src/model.
 #[derive(Clone, Copy)]
@@ -132,6 +134,9 @@ pub struct Model {
     pub sin: Buffer,
     pub layers: Vec<Layer>,
     pub starts: BTreeMap<u32, Start>,
+    /// How many blocks of a split row have ended, for each; zero between kernels.
+    pub arrived: Buffer,
+    pub small: Mutex<Small>,
 }
 
 impl Model {
@@ -242,6 +247,8 @@ impl Model {
             sin: lane.upload(sin)?,
             layers,
             starts,
+            arrived: lane.upload(&vec![0i32; busy(lane)])?,
+            small: Mutex::default(),
             lane: lane.clone(),
         };
         lane.wait()?;
