@@ -1,7 +1,8 @@
 // A stand-in for libcuda.so.1 and libcublas.so.13 that runs the kernels on the processor, so that tests can run liblocum_cuda.so, as it is,
 // where there is no GPU. It knows what core/cuda/src/driver.rs asks for and no more. The numbers are the kernels' own, the speed is not.
 //
-// LOCUM_EMULATE orders faults: `old` (a card of generation 7.5), `none` (no device), `small` (64 MiB free), `alloc=N` (the N-th allocation finds no memory), `launch=N` (the N-th kernel fails, and everything after it), `capture`
+// LOCUM_EMULATE orders faults: `old` (a card of generation 7.5), `none` (no device), `small` (64 MiB free), `narrow` (no more shared memory
+// than all have), `alloc=N` (the N-th allocation finds no memory), `launch=N` (the N-th kernel fails, and everything after it), `capture`
 // (none is begun), `broken` (what is captured is told to be no use), `instantiate=N` (the N-th graph does not get ready),
 // `graph-memory=N` (for the N-th there is no memory).
 //
@@ -145,13 +146,14 @@ struct Kernel {
 
 #define K(name) {#name, {(void *)name, Caller<decltype(&name)>::call, Caller<decltype(&name)>::keep}}
 #define BOTH(name) K(name##_f32), K(name##_bf16)
+#define TILES(name) K(name##16), K(name##32), K(name##64), K(name##128)
 static const std::map<std::string, Kernel> kernels = {
     BOTH(embed), BOTH(rms_norm), BOTH(rope_split), BOTH(swiglu), BOTH(one_row), BOTH(four_rows), BOTH(convert),
     BOTH(attend_row1), BOTH(attend_row2), BOTH(attend_row4), BOTH(attend_row8), BOTH(meet_rows), BOTH(cross_entropy),
     BOTH(swiglu_back), BOTH(head_dots), BOTH(rope_join), BOTH(adamw), BOTH(attend_dq1), BOTH(attend_dq2), BOTH(attend_dq4),
     BOTH(attend_dq8), BOTH(attend_dkv1), BOTH(attend_dkv2), BOTH(attend_dkv4), BOTH(attend_dkv8), K(met_rows), K(filter_chunk),
     K(distance_parts), K(judge_drift), K(begin_again), K(rms_norm_back), K(add_rows), K(add_heads), K(embed_back), K(join_parts),
-    K(attend_tile16), K(attend_tile32), K(attend_tile64), K(attend_tile128)};
+    TILES(attend_tile), TILES(attend_dq_tile), TILES(attend_dkv_tile)};
 
 // Faults and memory.
 static std::mutex lock;
@@ -246,7 +248,7 @@ EXPORT int cuModuleGetFunction(Handle *function, Handle, const char *name) {
   *function = (Handle)&found->second;
   return 0;
 }
-EXPORT int cuFuncSetAttribute(Handle, int, int) { return 0; }
+EXPORT int cuFuncSetAttribute(Handle, int, int) { return ordered("narrow") ? INVALID : 0; }
 EXPORT int cuStreamCreateWithPriority(Handle *stream, unsigned, int) { return *stream = new Stream, 0; }
 EXPORT int cuStreamDestroy_v2(Handle stream) { return delete (Stream *)stream, 0; }
 EXPORT int cuStreamSynchronize(Handle stream) {

@@ -1,6 +1,6 @@
 // Causal grouped-query attention. Two forms: one query row at a time, for any head_dim and for few rows behind a long cache, whose keys
 // are then split over blocks; and tiles of 64 queries on the tensor cores.
-#include "common.cuh"
+#include "tiles.cuh"
 
 // A running softmax over keys: largest score, sum, and the mix of values.
 template <int C> struct Running {
@@ -120,18 +120,13 @@ static __device__ void attend_row(const T *q, const int *rows, const int *span_o
   if (threadIdx.x == 0) arrived[at] = 0;
 }
 
-// 64 queries of one span and head against all keys before them, on tensor cores. Tiles name a span and the first of its rows.
+// 64 queries of one span and head against all keys before them, on tensor cores.
 // out (t, h, e), lse (t, h) where given. Grid (tiles, h), 128 threads, shared memory as `attention.rs` has it.
-struct Tile {
-  int span, first;
-};
-
 template <int E>
 static __device__ void attend_tile(const bf16 *q, const Span *spans, const Tile *tiles, int layer, bf16 *out, float *lse, int h, int g,
                             float scale) {
   using namespace nvcuda;
-  // Rows of odd multiples of 16 bytes, so that neighbours do not share a bank.
-  const int LE = E + 8, LS = 64 + 4, LP = 64 + 8, LO = E + 4;
+  const int LE = Pitch<E>::rows, LS = PITCH_SCORES, LP = PITCH_WEIGHTS, LO = Pitch<E>::sums;
   DYNAMIC_SHARED(shared);
   bf16 *sq = (bf16 *)shared, *sk = sq + 64 * LE, *sv = sk + 64 * LE;
   float *so = (float *)(sv + 64 * LE);
@@ -143,39 +138,18 @@ static __device__ void attend_tile(const bf16 *q, const Span *spans, const Tile 
   int head = blockIdx.y, rows = span.len - tile.first < 64 ? span.len - tile.first : 64;
   const bf16 *keys = keys_of<bf16>(span, layer) + (head / (h / g)) * E, *values = values_of<bf16>(span, layer) + (head / (h / g)) * E;
   size_t stride = (size_t)g * E, first = (size_t)span.row + tile.first;
-  bf16 zero;
-  narrow(0.0f, &zero);
-  for (int i = threadIdx.x; i < 64 * E; i += 128) {
-    int r = i / E, c = i % E;
-    sq[r * LE + c] = r < rows ? q[((first + r) * h + head) * E + c] : zero;
-    so[r * LO + c] = 0;
-  }
+  load_tile<E>(q + (first * h + head) * E, (size_t)h * E, rows, sq);
+  for (int i = threadIdx.x; i < 64 * E; i += 128) so[i / E * LO + i % E] = 0;
   // Two lanes a row: largest score so far, sum so far, position.
   int mine = warp * 16 + lane / 2, side = lane % 2;
   float most = -INF, sum = 0;
   int last = span.pos + tile.first + mine, end = span.pos + tile.first + rows;
   for (int from = 0; from < end; from += 64) {
     __syncthreads();
-    for (int i = threadIdx.x; i < 64 * E; i += 128) {
-      int r = i / E, c = i % E;
-      bool there = from + r < end;
-      sk[r * LE + c] = there ? keys[(from + r) * stride + c] : zero;
-      sv[r * LE + c] = there ? values[(from + r) * stride + c] : zero;
-    }
+    load_tile<E>(keys + from * stride, stride, end - from, sk);
+    load_tile<E>(values + from * stride, stride, end - from, sv);
     __syncthreads();
-    for (int n = 0; n < 4; n++) {
-      wmma::fragment<wmma::accumulator, 16, 16, 16, float> s;
-      wmma::fill_fragment(s, 0.0f);
-#pragma unroll
-      for (int k = 0; k < E / 16; k++) {
-        wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16, wmma::row_major> a;
-        wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16, wmma::col_major> b;
-        wmma::load_matrix_sync(a, sq + warp * 16 * LE + k * 16, LE);
-        wmma::load_matrix_sync(b, sk + n * 16 * LE + k * 16, LE);
-        wmma::mma_sync(s, a, b, s);
-      }
-      wmma::store_matrix_sync(ss + n * 16, s, LS, wmma::mem_row_major);
-    }
+    tile_scores<E>(sq + warp * 16 * LE, sk, ss);
     __syncwarp();
     float *scores = ss + (lane / 2) * LS + side * 32;
     float here = -INF;

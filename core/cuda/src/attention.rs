@@ -14,10 +14,15 @@ const MIN_TILED: usize = 16;
 const SPLIT_KEYS: usize = 256;
 const MOST_SPLITS: usize = 64;
 
-/// Shared memory of a tile (attention.cu, `attend_tile`).
-pub fn tile_bytes(e: usize) -> usize {
-    let (le, ls, lp, lo) = (e + 8, 64 + 4, 64 + 8, e + 4);
-    3 * 64 * le * 2 + 64 * lo * 4 + 4 * 16 * ls * 4 + 4 * 16 * lp * 2
+/// Shared memory of a tile (attention.cu, backward.cu): four places of 64 rows, or three and the sums; scores and weights of four warps.
+pub fn tile_bytes(kernel: &str, e: usize) -> usize {
+    let (place, sums) = (64 * (e + 8) * 2, 64 * (e + 4) * 4);
+    let (scores, weights) = (64 * (64 + 4) * 4, 64 * (64 + 8) * 2);
+    match kernel {
+        "attend_tile" => 3 * place + sums + scores + weights,
+        "attend_dq_tile" => 4 * place + 2 * scores + weights,
+        _ => 4 * place + 2 * 64 * 4 + 2 * scores + 2 * weights,
+    }
 }
 
 /// New rows of one sequence, as kernels read it (common.cuh, `Span`).
@@ -164,7 +169,7 @@ impl Model {
     ) -> Result<()> {
         let (m, lane) = (&self.dims, &self.lane);
         if let Some((tiles, n)) = &rows.tiles {
-            launch!(lane, lane.tile_kernel(m.e), (*n, m.h, 1), 128, tile_bytes(m.e);
+            launch!(lane, lane.tile_kernel("attend_tile", m.e), (*n, m.h, 1), 128, tile_bytes("attend_tile", m.e);
                 q, rows.spans.at, tiles.at, layer as i32, out, lse, m.h as i32, m.g as i32, m.scale())?;
         }
         let Some((list, n)) = &rows.by_row else {
@@ -189,6 +194,35 @@ impl Model {
             m.h as i32, m.g as i32, m.e as i32, m.scale())
     }
 
+    /// dq (t, h, e), dk and dv (t, g, e) in `f32`, of whole sequences: q, what attention's output has of gradient, its `lse`, and `dots`
+    /// (t, h) of that output and gradient; spans as the layer's keys and values have them.
+    pub fn attend_back(
+        &self,
+        rows: &Rows,
+        spans: &Buffer,
+        (q, dout, lse, dots): (Address, Address, Address, Address),
+        (dq, dk, dv): (Address, Address, Address),
+    ) -> Result<()> {
+        let (m, lane) = (&self.dims, &self.lane);
+        let shape = (m.h as i32, m.g as i32, m.e as i32);
+        if let Some((tiles, n)) = &rows.tiles {
+            let (of_q, of_kv) = ("attend_dq_tile", "attend_dkv_tile");
+            launch!(lane, lane.tile_kernel(of_q, m.e), (*n, m.h, 1), 128, tile_bytes(of_q, m.e);
+                q, dout, lse, dots, spans.at, tiles.at, dq, shape.0, shape.1, m.scale())?;
+            launch!(lane, lane.tile_kernel(of_kv, m.e), (*n, m.g, 1), 128, tile_bytes(of_kv, m.e);
+                q, dout, lse, dots, spans.at, tiles.at, dk, dv, shape.0, shape.1, m.scale())?;
+        }
+        let Some((list, n)) = &rows.by_row else {
+            return Ok(());
+        };
+        let list = or_null(list.as_ref());
+        let kernel = |names| lane.kernel(by_width(m.e, names), Some(m.format));
+        launch!(lane, kernel(QUERIES_BACK), (*n, m.h, 1), 128, 0;
+            q, dout, lse, dots, list, rows.span_of.at, spans.at, dq, shape.0, shape.1, shape.2, m.scale())?;
+        launch!(lane, kernel(KEYS_BACK), (*n, m.g, 1), 128, 0;
+            q, dout, lse, dots, list, rows.span_of.at, spans.at, dk, dv, shape.0, shape.1, shape.2, m.scale())
+    }
+
     /// Blocks over which a row is split at most: as many as keep the card busy. The same for all numbers of rows that a step of fixed
     /// size is made for, so that it computes what any other step does.
     pub fn splits(&self, n: usize) -> usize {
@@ -207,9 +241,11 @@ pub fn busy(lane: &Lane) -> usize {
 }
 
 const ROWS: [&str; 4] = ["attend_row1", "attend_row2", "attend_row4", "attend_row8"];
+const QUERIES_BACK: [&str; 4] = ["attend_dq1", "attend_dq2", "attend_dq4", "attend_dq8"];
+const KEYS_BACK: [&str; 4] = ["attend_dkv1", "attend_dkv2", "attend_dkv4", "attend_dkv8"];
 
 /// The kernel for heads of this width.
-pub fn by_width(e: usize, names: [&'static str; 4]) -> &'static str {
+fn by_width(e: usize, names: [&'static str; 4]) -> &'static str {
     match e.div_ceil(32) {
         1 => names[0],
         2 => names[1],

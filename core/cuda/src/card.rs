@@ -63,6 +63,8 @@ const PLAIN: &[&str] = &[
     "embed_back",
     "join_parts",
 ];
+/// Kernels that there are for each of some widths of a head.
+pub const TILES: [&str; 3] = ["attend_tile", "attend_dq_tile", "attend_dkv_tile"];
 /// Widths of a head that attention in tiles knows.
 pub const TILED: [usize; 4] = [16, 32, 64, 128];
 
@@ -96,7 +98,7 @@ pub struct Card {
     context: Handle,
     module: Handle,
     functions: HashMap<(&'static str, Option<Format>), Handle>,
-    tiles: HashMap<usize, Handle>,
+    tiles: HashMap<(&'static str, usize), Handle>,
     pool: Handle,
     limit: u64,
     used: AtomicU64,
@@ -328,15 +330,15 @@ impl Card {
             for base in PLAIN {
                 functions.insert((*base, None), find(base.to_string())?);
             }
-            for width in TILED {
-                let function = find(format!("attend_tile{width}"))?;
-                let bytes = crate::attention::tile_bytes(width) as c_int;
+            for (base, width) in TILES.into_iter().flat_map(|b| TILED.map(|w| (b, w))) {
+                let function = find(format!("{base}{width}"))?;
+                let bytes = crate::attention::tile_bytes(base, width) as c_int;
                 // A device that has not so much goes by rows.
                 // SAFETY: plain numbers.
                 if unsafe { (driver.function_attribute)(function, FUNCTION_SHARED_BYTES, bytes) }
                     == 0
                 {
-                    tiles.insert(width, function);
+                    tiles.insert((base, width), function);
                 }
             }
         }
@@ -485,7 +487,9 @@ impl Card {
     }
 
     pub fn has_tiles(&self, width: usize) -> bool {
-        self.tiles.contains_key(&width)
+        TILES
+            .iter()
+            .all(|base| self.tiles.contains_key(&(*base, width)))
     }
 }
 
@@ -773,8 +777,8 @@ impl Lane {
         self.card.functions[&(name, format)]
     }
 
-    pub fn tile_kernel(&self, width: usize) -> Handle {
-        self.card.tiles[&width]
+    pub fn tile_kernel(&self, name: &'static str, width: usize) -> Handle {
+        self.card.tiles[&(name, width)]
     }
 
     pub fn launch(

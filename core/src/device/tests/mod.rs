@@ -8,6 +8,7 @@ mod object;
 mod parity;
 mod speed;
 mod stand_in;
+mod tiles;
 mod training;
 
 use std::path::{Path, PathBuf};
