@@ -149,7 +149,8 @@ struct Kernel {
 #define TILES(name) K(name##16), K(name##32), K(name##64), K(name##128)
 static const std::map<std::string, Kernel> kernels = {
     BOTH(embed), BOTH(rms_norm), BOTH(rope_split), BOTH(swiglu), BOTH(one_row), BOTH(four_rows), BOTH(convert),
-    BOTH(attend_row1), BOTH(attend_row2), BOTH(attend_row4), BOTH(attend_row8), BOTH(meet_rows), BOTH(cross_entropy),
+    BOTH(attend_row1), BOTH(attend_row2), BOTH(attend_row4), BOTH(attend_row8), BOTH(meet_rows), BOTH(normed_one), BOTH(normed_four),
+    BOTH(gated_one), BOTH(gated_four), BOTH(cross_entropy),
     BOTH(swiglu_back), BOTH(head_dots), BOTH(rope_join), BOTH(adamw), BOTH(attend_dq1), BOTH(attend_dq2), BOTH(attend_dq4),
     BOTH(attend_dq8), BOTH(attend_dkv1), BOTH(attend_dkv2), BOTH(attend_dkv4), BOTH(attend_dkv8), K(met_rows), K(filter_chunk),
     K(distance_parts), K(judge_drift), K(begin_again), K(rms_norm_back), K(add_rows), K(add_heads), K(embed_back), K(join_parts),

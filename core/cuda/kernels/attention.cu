@@ -33,13 +33,14 @@ template <class T> static __device__ void attend_join(const volatile float *part
 // out (t, h, e), and lse (t, h) where given and gridDim.z is 1. The block that ends last joins parts (n, h, gridDim.z, e + 2), and leaves
 // `arrived` (n, h) at zero, as it was. A row of no span is nobody's. Grid (n, h, splits), 128 threads.
 template <class T, int C>
-static __device__ void attend_row(const T *q, const int *rows, const int *span_of, const Span *spans, int layer, T *out, float *lse, float *parts,
-                           int *arrived, int h, int g, int e, float scale) {
+static __device__ void attend_row(const T *q, const int *rows, const int *span_of, const Span *spans, int layer, T *out, float *lse,
+                           float *parts, int *arrived, int h, int g, int e, float scale) {
   __shared__ float query[C * 32];
   __shared__ float mixes[4][C * 32];
   __shared__ float ends[4][2];
   __shared__ int before;
-  int row = rows ? rows[blockIdx.x] : (int)blockIdx.x, head = blockIdx.y, split = blockIdx.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int row = rows ? rows[blockIdx.x] : (int)blockIdx.x, head = blockIdx.y, split = blockIdx.z;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (span_of[row] < 0) return;
   const Span span = spans[span_of[row]];
   int n = span.pos + row - span.row + 1, splits = min((n + SPLIT_KEYS - 1) / SPLIT_KEYS, (int)gridDim.z);

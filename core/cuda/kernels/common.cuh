@@ -21,7 +21,8 @@ static __device__ __forceinline__ void narrow(float x, float *out) { *out = x; }
 
 typedef unsigned long long u64;
 
-// New rows of one sequence. A row whose `span_of` is negative is nobody's. Keys of layer l stand at `base + l * layer_stride`, (positions, g, e), values `v_offset` bytes behind them.
+// New rows of one sequence. Keys of layer l stand at `base + l * layer_stride`, (positions, g, e), values `v_offset` bytes behind them.
+// A row whose `span_of` is negative is nobody's.
 struct Span {
   u64 base, layer_stride, v_offset;
   int row, len, pos, unused;

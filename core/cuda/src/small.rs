@@ -90,7 +90,8 @@ impl Model {
             return Ok(false);
         }
         let in_tiles = |span: &Span| tiled(lane, (m.format, m.e), span.len as usize);
-        if ids.is_empty() || t > MOST_ROWS || wanted.len() > t || spans.iter().any(in_tiles) {
+        let fits = !ids.is_empty() && t <= MOST_ROWS && spans.len() <= t && wanted.len() <= t;
+        if !fits || spans.iter().any(in_tiles) {
             return Ok(false);
         }
         let learning = Learning::plan(self, parts, ids.len());
@@ -242,8 +243,7 @@ impl Place {
     /// The step, kernel by kernel: nothing in it depends on anything but the place.
     fn queue(&self, model: &Model) -> Result<()> {
         let (m, t) = (&model.dims, self.t);
-        let meeting = Here { model, place: self };
-        model.pass(&self.rows, &self.work, &mut { meeting })?;
+        model.pass(&self.rows, &self.work, &mut Here { model, place: self })?;
         let (x, normed) = (self.work.x.at, self.normed.at);
         model.norm(x, &model.final_norm, self.wanted.at, normed, 0, t)?;
         let head = model.head().at;

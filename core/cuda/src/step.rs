@@ -113,16 +113,14 @@ impl Model {
         self.embed_rows(rows.ids.at, x, t)?;
         learns.keep_embeddings(&work.x)?;
         for (layer, block) in self.layers.iter().enumerate() {
-            self.norm(x, &block.input_norm, 0, normed, 0, t)?;
-            self.linear(normed, block.qkv.at, work.qkv.at, t, (m.d, m.qkv()))?;
+            let made = (normed, work.qkv.at);
+            self.normed_linear((x, &block.input_norm), block.qkv.at, made, t, m.qkv())?;
             self.rope(block, rows, layer, work.qkv.at, work.q.at)?;
             self.attend(rows, layer, work.q.at, work.mixed.at, 0)?;
             self.linear_f32(work.mixed.at, block.o.at, x, true, t, (m.qd(), m.d))?;
             let (z, u) = learns.keeps(layer as u32);
-            self.norm(x, &block.post_norm, 0, normed, u, t)?;
-            let gate_up = work.gate_up.at;
-            self.linear(normed, block.gate_up.at, gate_up, t, (m.d, 2 * m.f))?;
-            self.swiglu(gate_up, act, z, t)?;
+            let made = (normed, work.gate_up.at, act);
+            self.gated((x, &block.post_norm), block.gate_up.at, made, (u, z), t)?;
             match z {
                 0 => self.linear_f32(act, block.down.at, x, true, t, (m.f, m.d))?,
                 _ => learns.learn(layer as u32, act, x)?,

@@ -366,10 +366,11 @@ fn a_token_is_four_calls() {
         said
     };
     let (replayed, queued) = (said(None), said(Some("capture")));
-    for n in [1, 8] {
+    // Of few rows, norms and gates are made where they are read.
+    for (n, calls, kernels) in [(1, 219, 183), (8, 309, 273)] {
         let words = format!("{n} at once: 4 calls, 0 kernels, 1 graphs");
         assert!(replayed.contains(&words), "{replayed}");
-        let words = format!("{n} at once: 309 calls, 273 kernels, 0 graphs");
+        let words = format!("{n} at once: {calls} calls, {kernels} kernels, 0 graphs");
         assert!(queued.contains(&words), "{queued}");
     }
 }
