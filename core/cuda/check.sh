@@ -36,10 +36,11 @@ began=$(date +%s)
 for room in parity training engine::answers_on_a_card; do
   tests ${LIMIT:-60} "device::tests::$room" "" > "$out/tests-$(echo $room | tr -d ':').log" || failed=1
 done
-tests 180 "device::tests::speed::$measurement" --include-ignored > "$out/speed.log" || failed=1
+tests 150 "device::tests::speed::$measurement" --include-ignored > "$out/speed.log" || failed=1
+tests 120 "device::tests::label::$measurement" --include-ignored >> "$out/speed.log" || failed=1
 grep '^speed ' "$out/speed.log" | cut -c7- > "$out/speed.jsonl"
 if "$python" -c 'import torch, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
-  timeout 200 "$python" "$here/peers.py" >> "$out/speed.jsonl" 2> "$out/peers.log" || echo "the peers did not all finish: peers.log" >> "$out/speed.log"
+  timeout 145 "$python" "$here/peers.py" >> "$out/speed.jsonl" 2> "$out/peers.log" || echo "the peers did not all finish: peers.log" >> "$out/speed.log"
 fi
 cat "$out"/tests-*.log "$out/speed.log" > "$out/all.log"
 rm -f "$out"/tests-*.log "$out/speed.log"

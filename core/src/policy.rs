@@ -438,6 +438,8 @@ pub struct RecipeKnobs {
     pub ttt_lr: Option<f64>,
     /// Peak learning rate of the filters and projections, which have no weight decay.
     pub ttt_rate: Option<f64>,
+    /// Share of the training before these layers begin to learn.
+    pub ttt_from: Option<f64>,
 }
 
 /// Argument of `gate`.

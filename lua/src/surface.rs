@@ -398,6 +398,11 @@ pub const RECORDS: &[Record] = &[
                 "number?",
                 "learning rate of their filters and projections",
             ),
+            (
+                "ttt_from",
+                "number?",
+                "share of the training before they begin to learn",
+            ),
         ],
     },
     Record {

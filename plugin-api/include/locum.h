@@ -498,6 +498,7 @@ LOCUM_API int32_t locum_policy_load(locum handle, const char *source, size_t sou
  *      "ttt":"published|next_token|off",  layers that learn while the student reads, and how they begin
  *      "ttt_every":6, "ttt_chunk":256, "ttt_lr":0.3,  every which layer, tokens of a chunk, step size
  *      "ttt_rate":..,                 learning rate of their filters and projections
+ *      "ttt_from":0,                  share of the training before they begin to learn
  *      "unfiltered":false,            true trains on everything, for comparison
  *      "continue_student":false,      true starts from the promoted student instead of the base
  *      "promote":"auto|never"}        never: the student is stored, and no gate and no trial follows

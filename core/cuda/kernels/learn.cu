@@ -100,3 +100,58 @@ extern "C" __global__ void begin_again(float *w, const float *start, u64 n, cons
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   if (*flag && i < n) w[i] = start[i];
 }
+
+// What follows trains: rows of all sequences at once.
+
+// The chunk of a row: its first row and how many it has; none where no later chunk reads what it writes.
+struct Chunk {
+  int first, rows;
+};
+
+// out (t, d): each channel's filter of k taps over u (t, d), with zeros around each chunk; taps (d, k). Grid (t).
+extern "C" __global__ void filter_rows(const float *u, const float *taps, const Chunk *chunks, float *out, int d, int k) {
+  int row = blockIdx.x;
+  const Chunk chunk = chunks[row];
+  for (int i = threadIdx.x; i < d; i += blockDim.x) {
+    float sum = 0;
+    for (int tap = 0; tap < k; tap++) {
+      int from = row + tap - k / 2;
+      if (from >= chunk.first && from < chunk.first + chunk.rows) sum += taps[i * k + tap] * u[(size_t)from * d + i];
+    }
+    out[(size_t)row * d + i] = sum;
+  }
+}
+
+// du (t, d) += what the filter passes back of dout (t, d). Grid (t).
+extern "C" __global__ void filter_rows_back(const float *dout, const float *taps, const Chunk *chunks, float *du, int d, int k) {
+  int row = blockIdx.x;
+  const Chunk chunk = chunks[row];
+  for (int i = threadIdx.x; i < d; i += blockDim.x) {
+    float sum = 0;
+    for (int tap = 0; tap < k; tap++) {
+      int to = row - tap + k / 2;
+      if (to >= chunk.first && to < chunk.first + chunk.rows) sum += taps[i * k + tap] * dout[(size_t)to * d + i];
+    }
+    du[(size_t)row * d + i] += sum;
+  }
+}
+
+// dtaps (d, k) += the sum over rows of dout (t, d) times what lay under each tap, u (t, d). Grid (ceil(d / 32), k), 256 threads: 32
+// channels by 8 strands, as add_rows.
+extern "C" __global__ void __launch_bounds__(256) filter_taps_back(const float *u, const float *dout, const Chunk *chunks, float *dtaps,
+                                                                  int t, int d, int k) {
+  __shared__ float parts[8][32];
+  int lane = threadIdx.x % 32, strand = threadIdx.x / 32, channel = blockIdx.x * 32 + lane, tap = blockIdx.y;
+  float sum = 0;
+  if (channel < d)
+    for (int row = strand; row < t; row += 8) {
+      const Chunk chunk = chunks[row];
+      int from = row + tap - k / 2;
+      if (from >= chunk.first && from < chunk.first + chunk.rows) sum += dout[(size_t)row * d + channel] * u[(size_t)from * d + channel];
+    }
+  parts[strand][lane] = sum;
+  __syncthreads();
+  if (strand != 0 || channel >= d) return;
+  for (int s = 1; s < 8; s++) sum += parts[s][lane];
+  dtaps[channel * k + tap] += sum;
+}

@@ -66,6 +66,9 @@ const PLAIN: &[&str] = &[
     "add_heads",
     "embed_back",
     "join_parts",
+    "filter_rows",
+    "filter_rows_back",
+    "filter_taps_back",
 ];
 /// Kernels that there are for each of some widths of a head.
 pub const TILES: [&str; 3] = ["attend_tile", "attend_dq_tile", "attend_dkv_tile"];

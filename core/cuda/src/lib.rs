@@ -2,8 +2,9 @@
 //! through the table in core/src/device/table.rs; nobody else does.
 //!
 //! The rooms, in the order of reading: `driver` finds libcuda and cuBLAS, `card` opens a device, `model` holds weights, `sequence` what
-//! belongs to one sequence, `attention`, `learn`, `step` and `small` serve, `train` trains. Each call makes the device's context current
-//! and puts back what was; nothing is reset, and memory comes from a pool of our own under a ceiling.
+//! belongs to one sequence, `attention`, `learn`, `step` and `small` serve, `train` trains, with `train_learn` for layers that learn while
+//! they read. Each call makes the device's context current and puts back what was; nothing is reset, and memory comes from a pool of our
+//! own under a ceiling.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
@@ -18,6 +19,7 @@ mod step;
 #[path = "../../src/device/table.rs"]
 mod table;
 mod train;
+mod train_learn;
 
 use std::ffi::c_void;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -389,6 +391,7 @@ unsafe extern "C" fn train_forward(
     t: usize,
     lens: *const u32,
     n: usize,
+    lr: f32,
     keep: u32,
     trouble: *mut Trouble,
 ) -> Status {
@@ -396,7 +399,12 @@ unsafe extern "C" fn train_forward(
     unsafe {
         let (card, training) = borrow_mut::<Job>(job);
         on(card, trouble, || {
-            training.forward(from_raw_parts(ids, t), from_raw_parts(lens, n), keep != 0)
+            training.forward(
+                from_raw_parts(ids, t),
+                from_raw_parts(lens, n),
+                lr,
+                keep != 0,
+            )
         })
     }
 }

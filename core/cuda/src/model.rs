@@ -261,7 +261,8 @@ impl Model {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
-    /// Where a parameter lies, and in which format: `None` for what learns while it reads.
+    /// Where a parameter lies that products read, and in which format. Of a layer that learns this is the plain matrix: `starts` has
+    /// a copy of its own for serving.
     pub fn place(&self, layer: u32, which: u32) -> Option<(Address, Format)> {
         let dims = &self.dims;
         let size = dims.format.bytes() as Address;
@@ -269,15 +270,15 @@ impl Model {
         let (qd, kd) = (dims.qd() as Address, dims.kd() as Address);
         let block = || self.layers.get(layer as usize);
         let matrix = |at| Some((at, dims.format));
-        let norm = |buffer: &Buffer| Some((buffer.at, Format::F32));
+        let plain = |buffer: &Buffer| Some((buffer.at, Format::F32));
         match which {
             table::EMBED => matrix(self.embed.at),
             table::HEAD => matrix(self.head.as_ref()?.at),
-            table::FINAL_NORM => norm(&self.final_norm),
-            table::INPUT_NORM => norm(&block()?.input_norm),
-            table::POST_NORM => norm(&block()?.post_norm),
-            table::Q_NORM => norm(block()?.q_norm.as_ref()?),
-            table::K_NORM => norm(block()?.k_norm.as_ref()?),
+            table::FINAL_NORM => plain(&self.final_norm),
+            table::INPUT_NORM => plain(&block()?.input_norm),
+            table::POST_NORM => plain(&block()?.post_norm),
+            table::Q_NORM => plain(block()?.q_norm.as_ref()?),
+            table::K_NORM => plain(block()?.k_norm.as_ref()?),
             table::Q => matrix(block()?.qkv.at),
             table::K => matrix(block()?.qkv.at + qd * d * size),
             table::V => matrix(block()?.qkv.at + (qd + kd) * d * size),
@@ -285,6 +286,8 @@ impl Model {
             table::GATE => matrix(block()?.gate_up.at),
             table::UP => matrix(block()?.gate_up.at + f * d * size),
             table::DOWN => matrix(block()?.down.at),
+            table::TTT_CONV => plain(&self.starts.get(&layer)?.taps),
+            table::TTT_PROJ => plain(self.starts.get(&layer)?.proj.as_ref()?),
             _ => None,
         }
     }

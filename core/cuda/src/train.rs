@@ -12,6 +12,7 @@ use crate::driver::{Address, Fault, Result};
 use crate::model::{convert, Dims, Model};
 use crate::step::offset;
 use crate::table::{self, Moves, Rate, FULL, LORA_A, LORA_B};
+use crate::train_learn::Walk;
 
 /// Rows of logits on the card at a time.
 const HEAD_ROWS: usize = 512;
@@ -51,14 +52,16 @@ struct Tape {
 struct Pass {
     ids: Vec<u32>,
     rows: Rows,
+    /// `None` where no layer learns while it reads.
+    walk: Option<Walk>,
     x: Buffer,
     tape: Vec<Tape>,
     dx: Option<Buffer>,
 }
 
 pub struct Training {
-    lane: Arc<Lane>,
-    model: Model,
+    pub lane: Arc<Lane>,
+    pub model: Model,
     moving: Vec<Moving>,
     places: BTreeMap<(u32, u32, u32), usize>,
     rank: usize,
@@ -87,9 +90,10 @@ impl Training {
                     let place = model.place(what.layer, what.which);
                     (
                         place.ok_or_else(|| {
-                            Fault::refused(
-                                "a layer that learns while it reads cannot be trained here",
-                            )
+                            Fault::refused(format!(
+                                "parameter {} of layer {} is not there to be trained",
+                                what.which, what.layer
+                            ))
                         })?,
                         None,
                     )
@@ -163,11 +167,11 @@ impl Training {
         self.moving.len()
     }
 
-    fn dims(&self) -> Dims {
+    pub fn dims(&self) -> Dims {
         self.model.dims
     }
 
-    fn grad(&self, layer: usize, which: u32) -> Option<&Buffer> {
+    pub fn grad(&self, layer: usize, which: u32) -> Option<&Buffer> {
         let at = self.places.get(&(FULL, layer as u32, which))?;
         Some(&self.moving[*at].grad)
     }
@@ -277,8 +281,9 @@ impl Training {
         ]
     }
 
-    /// Sequences of these lengths through all blocks; `keep` for a backward pass.
-    pub fn forward(&mut self, ids: &[u32], lens: &[u32], keep: bool) -> Result<()> {
+    /// Sequences of these lengths through all blocks; `keep` for a backward pass. `lr`: the step size of layers that learn while they
+    /// read.
+    pub fn forward(&mut self, ids: &[u32], lens: &[u32], lr: f32, keep: bool) -> Result<()> {
         self.pass = None;
         let (m, lane) = (self.dims(), self.lane.clone());
         let (t, size, kd) = (ids.len(), m.format.bytes(), m.kd());
@@ -307,6 +312,7 @@ impl Training {
             lens.iter().map(span).collect()
         };
         let mut rows = Rows::new(&lane, (m.format, m.e), ids, &spans(0))?;
+        let walk = self.walk(lens, lr)?;
         let buffer = |width: usize, size: usize| lane.buffer(t * width * size);
         let mut x = buffer(m.d, 4)?;
         self.model.embed_rows(rows.ids.at, x.at, t)?;
@@ -373,6 +379,10 @@ impl Training {
                 (t, m.f),
                 (y.at, m.d, Format::F32),
             )?;
+            if let (Some(walk), Some(start)) = (&walk, self.model.starts.get(&(layer as u32))) {
+                let seen = self.seen(block, (x2.at, n2.at), (gate_up.at, act.at), t)?;
+                self.learn(walk, start, &seen, y.at)?;
+            }
             let before = std::mem::replace(&mut x, y);
             if keep && layer >= self.first {
                 let spans = lane.upload(&spans(kv.at))?;
@@ -395,6 +405,7 @@ impl Training {
         self.pass = Some(Pass {
             ids: ids.to_vec(),
             rows,
+            walk,
             x,
             tape,
             dx: None,
@@ -535,6 +546,7 @@ impl Training {
         let Some(Pass {
             ids,
             rows,
+            walk,
             mut tape,
             dx: Some(dx),
             ..
@@ -543,7 +555,8 @@ impl Training {
             return Err(Fault::refused("no loss to begin from"));
         };
         while let Some(block) = tape.pop() {
-            self.block_back(self.first + tape.len(), &rows, &block, &dx)?;
+            let layer = self.first + tape.len();
+            self.block_back(layer, &rows, walk.as_ref(), &block, &dx)?;
         }
         if let Some(grad) = self.grad(0, table::EMBED) {
             self.embed_back(&ids, &dx, grad)?;
@@ -551,7 +564,14 @@ impl Training {
         self.lane.wait()
     }
 
-    fn block_back(&self, layer: usize, rows: &Rows, tape: &Tape, dx: &Buffer) -> Result<()> {
+    fn block_back(
+        &self,
+        layer: usize,
+        rows: &Rows,
+        walk: Option<&Walk>,
+        tape: &Tape,
+        dx: &Buffer,
+    ) -> Result<()> {
         let (m, lane, t) = (self.dims(), &self.lane, rows.t);
         let (size, own, block) = (m.format.bytes(), Some(m.format), &self.model.layers[layer]);
         let buffer = |width: usize, size: usize| lane.buffer(t * width * size);
@@ -561,14 +581,31 @@ impl Training {
         narrow()?;
         let (dact, dgate_up, dn) = (buffer(m.f, size)?, buffer(2 * m.f, size)?, buffer(m.d, 4)?);
         let down = [(table::DOWN, 0, m.d)];
+        let learns = walk.zip(self.model.starts.get(&(layer as u32)));
+        // What comes back through updates is added in `f32`.
+        let exact = match learns {
+            Some(_) if m.format != Format::F32 => Some(buffer(m.f, 4)?),
+            _ => None,
+        };
+        let plain = (dact.at, m.format);
+        let to = exact.as_ref().map_or(plain, |sums| (sums.at, Format::F32));
         self.linear_back(
             layer,
             &down,
             block.down.at,
             (tape.act.at, dy.at),
             (t, m.f, m.d),
-            (dact.at, m.format),
+            to,
         )?;
+        let mut sources = None;
+        if let Some((walk, start)) = learns {
+            let activations = (tape.gate_up.at, tape.act.at);
+            let seen = self.seen(block, (tape.x2.at, tape.n2.at), activations, t)?;
+            sources = Some(self.learn_back(layer, walk, start, seen, (dx.at, to.0))?);
+        }
+        if let Some(sums) = exact {
+            launch!(lane, lane.kernel("convert", own), ((t * m.f).div_ceil(256), 1, 1), 256, 0; sums.at, dact.at, (t * m.f) as u64)?;
+        }
         launch!(lane, lane.kernel("swiglu_back", own), (t, 1, 1), 256, 0; tape.gate_up.at, dact.at, dgate_up.at, m.f as i32)?;
         let both = [(table::GATE, 0, m.f), (table::UP, m.f, m.f)];
         let shape = (t, m.d, 2 * m.f);
@@ -580,6 +617,9 @@ impl Training {
             shape,
             (dn.at, Format::F32),
         )?;
+        if let (Some((walk, start)), Some(sources)) = (learns, &sources) {
+            self.sources_back(walk, start, sources, dn.at)?;
+        }
         let trained = self.grad(layer, table::POST_NORM);
         self.norm_back((tape.x2.at, &block.post_norm, 0), dn.at, dx.at, t, trained)?;
 

@@ -270,13 +270,14 @@ pub struct Table {
         unsafe extern "C" fn(*mut c_void, usize, u32, *const f32, u64, *mut Trouble) -> Status,
     pub train_get:
         unsafe extern "C" fn(*mut c_void, usize, u32, *mut f32, u64, *mut Trouble) -> Status,
-    /// Tokens, lengths of the sequences that they are, and whether a backward pass follows.
+    /// Tokens, lengths of the sequences that they are, the step size of layers that learn, and whether a backward pass follows.
     pub train_forward: unsafe extern "C" fn(
         *mut c_void,
         *const u32,
         usize,
         *const u32,
         usize,
+        f32,
         u32,
         *mut Trouble,
     ) -> Status,

@@ -7,6 +7,7 @@ use super::serve::{kind, place, Packed};
 use super::table::{self, Moves, Rate};
 use super::{called, Card, DeviceError};
 use crate::model::{Compute, HeadLoss, Lora, Model, TrainId};
+use crate::ttt::TttTarget;
 
 /// Weights, moments and activations of one training on a card. Its calls wait until the card has done them.
 pub struct CardTraining {
@@ -52,7 +53,7 @@ impl CardTraining {
     /// gradients are zero.
     ///
     /// # Errors
-    /// [`DeviceError::Memory`]; [`DeviceError::Refused`] for layers that learn while they read, which the processor trains.
+    /// [`DeviceError::Memory`]; [`DeviceError::Refused`] for layers that learn from the tokens' embeddings, which nobody trains.
     pub fn begin(
         card: &Arc<Card>,
         model: &Model,
@@ -60,8 +61,9 @@ impl CardTraining {
         moves: &[(TrainId, usize)],
         first: usize,
     ) -> Result<Self, DeviceError> {
-        if model.config.ttt.is_some() {
-            let why = "layers that learn while they read are trained on the processor";
+        let target = model.config.ttt.as_ref().map(|ttt| ttt.target);
+        if target == Some(TttTarget::InputEmbed) {
+            let why = "ttt_target input_embed can be served, not trained";
             return Err(DeviceError::Refused(why.into()));
         }
         let packed = Packed::new(model, model.compute == Compute::F32);
@@ -136,8 +138,14 @@ impl CardTraining {
         })
     }
 
-    /// Sequences through all blocks, each whole; with `keep`, [`Self::backward`] may follow.
-    pub fn forward(&mut self, sequences: &[&[u32]], keep: bool) -> Result<(), DeviceError> {
+    /// Sequences through all blocks, each whole; with `keep`, [`Self::backward`] may follow. `lr`: the step size η of layers that learn
+    /// while they read, whatever it was when the model was copied.
+    pub fn forward(
+        &mut self,
+        sequences: &[&[u32]],
+        lr: f32,
+        keep: bool,
+    ) -> Result<(), DeviceError> {
         let ids = sequences.concat();
         let lens: Vec<u32> = sequences.iter().map(|ids| ids.len() as u32).collect();
         // SAFETY: lengths are those of the vectors.
@@ -148,6 +156,7 @@ impl CardTraining {
                 ids.len(),
                 lens.as_ptr(),
                 lens.len(),
+                lr,
                 keep.into(),
                 trouble,
             )

@@ -20,7 +20,7 @@ use crate::files::private_folder;
 use crate::gate::{self, OfflineReport, Verdict};
 use crate::generate::{Engine, Student};
 use crate::kernels::{Pool, Random};
-use crate::model::{write_atomically, WeightFormat};
+use crate::model::{write_atomically, Compute, WeightFormat};
 use crate::policy::{DatasetInfo, GateInfo, Policy, RecipeKnobs, Settings};
 use crate::registry::{Manifest, Registry};
 use crate::store::{Query, Store};
@@ -410,7 +410,13 @@ fn plan(
     };
     let recipe = context.policy.recipe(&info).unwrap_or_default();
     let knobs = merge(&order.knobs, &recipe);
-    Ok(TrainPlan::from_knobs(config, data.train_tokens(), &knobs)?)
+    let mut plan = TrainPlan::from_knobs(config, data.train_tokens(), &knobs)?;
+    // A card is faster in bf16, whatever the processor is.
+    let exact = context.weights == WeightFormat::F32;
+    if knobs.compute.is_none() && !exact && context.engine.device().card().is_some() {
+        plan.compute = Compute::Bf16;
+    }
+    Ok(plan)
 }
 
 /// A caller's knobs where they are turned, else the policy's.

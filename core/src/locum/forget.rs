@@ -187,7 +187,7 @@ impl Inner {
     }
 
     fn forget_in_memory(&self, ids: &[EpisodeId]) {
-        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let mut serving = self.swap.serving();
         for id in ids {
             if let Some(trial) = serving.trial.as_mut() {
                 trial.forget(*id);
@@ -273,7 +273,7 @@ impl Inner {
 
     /// Takes task names that nobody else has out of the outcomes that trials keep.
     fn forget_in_trials(&self, gone: &[String]) -> Result<(), Error> {
-        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let mut serving = self.swap.serving();
         let blank = |record: &mut TrialRecord| {
             let named = record.outcomes.iter_mut();
             let named = named.filter(|outcome| gone.contains(&outcome.task));

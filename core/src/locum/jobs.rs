@@ -230,7 +230,7 @@ impl Inner {
 
     /// Adds the trial's counts, which change without the job.
     fn with_trial(&self, mut status: JobStatus) -> JobStatus {
-        let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let serving = self.swap.serving();
         if let Some(trial) = serving
             .trial
             .as_ref()
@@ -326,7 +326,7 @@ impl Inner {
             return;
         }
         let (trial_running, promoted) = {
-            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let serving = self.swap.serving();
             (serving.trial.is_some(), serving.current.is_some())
         };
         let last = records.last();
@@ -519,12 +519,7 @@ impl Inner {
         let base = self.base.as_ref().ok_or(Error::NoModel)?;
         let engine = self.engine.as_ref().ok_or(Error::NoModel)?;
         let loaded = self.loaded();
-        let incumbent = self
-            .serving
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .current
-            .clone();
+        let incumbent = self.swap.serving().current.clone();
         let context = Context {
             store: &self.store,
             registry: &self.registry,

@@ -8,14 +8,21 @@ mod forget;
 mod jobs;
 mod judge;
 mod lineage;
+mod queue;
 mod record;
 mod retain;
 mod serve;
 mod show;
+mod swap;
 #[cfg(test)]
 mod tests;
 mod trial;
 mod types;
+
+/// What the queue of events and the swap of students synchronise with; `tests/loom.rs` has another.
+mod sync {
+    pub use std::sync::{Mutex, MutexGuard};
+}
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -50,6 +57,7 @@ use crate::view::View;
 
 use events::Events;
 use record::Open;
+use swap::Swap;
 use trial::{Seen, Serving};
 
 /// An open store with its policy and students. Cloning shares it; all methods may be called from any thread.
@@ -102,9 +110,7 @@ struct Inner {
     base: Option<Base>,
     engine: Option<Arc<Engine>>,
     policy: RwLock<Arc<Loaded>>,
-    serving: Mutex<Serving>,
-    /// What the store said of pin and current student when it was last looked at; held while either is changed.
-    seen: Mutex<Seen>,
+    swap: Swap<Seen, Serving>,
     episodes: Mutex<HashMap<EpisodeId, Open>>,
     /// By tools; the error says why they have none.
     formats: Mutex<HashMap<String, Result<Arc<CallFormat>, String>>>,
@@ -199,8 +205,7 @@ impl Locum {
             base,
             engine,
             policy: RwLock::new(loaded),
-            serving: Mutex::new(Serving::default()),
-            seen: Mutex::default(),
+            swap: Swap::new(Seen::default(), Serving::default()),
             episodes: Mutex::default(),
             formats: Mutex::default(),
             events,
@@ -272,13 +277,13 @@ impl Locum {
 
     /// What is signalled while events wait: on Linux a descriptor that is readable, on Windows an event object; else -1. It stays ours.
     pub fn event_handle(&self) -> i64 {
-        self.inner.events.bell.handle()
+        self.inner.events.bell().handle()
     }
 
     /// The same for one thread that wants to be told once of each event: on Linux the same descriptor, to be watched for edges, on
     /// Windows an event object that a wait resets; else -1. It stays ours.
     pub fn event_edge(&self) -> i64 {
-        self.inner.events.bell.edge()
+        self.inner.events.bell().edge()
     }
 }
 

@@ -329,13 +329,7 @@ impl Locum {
     /// Forgets an episode, also on disk.
     pub fn drop_episode(&self, episode: &EpisodeHandle) -> Result<(), Error> {
         self.inner.check_open()?;
-        if let Some(trial) = &mut self
-            .inner
-            .serving
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .trial
-        {
+        if let Some(trial) = &mut self.inner.swap.serving().trial {
             trial.forget(episode.0);
         }
         self.inner

@@ -169,7 +169,7 @@ impl Inner {
         let loaded = self.loaded();
         let mut shadow = None;
         let offer = {
-            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let mut serving = self.swap.serving();
             match serving.pin {
                 Pin::Teacher => return Err((ReasonCode::Pinned, "pinned to the teacher".into())),
                 Pin::Base | Pin::Student(_) => {
@@ -320,7 +320,7 @@ impl Inner {
             1.0 - known as f32 / request.tools.len() as f32
         };
         let live = {
-            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let serving = self.swap.serving();
             let wins =
                 |l: &[(bool, u64)]| (l.iter().filter(|x| x.0).count() as f64, l.len() as u64);
             match (&serving.watch, offer.stage) {
@@ -585,14 +585,7 @@ impl Call {
     }
 
     fn defer(&self, reason: &str) {
-        if let Some(watch) = self
-            .inner
-            .serving
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .watch
-            .as_mut()
-        {
+        if let Some(watch) = self.inner.swap.serving().watch.as_mut() {
             watch.deferrals += 1;
         }
         let mut episodes = self

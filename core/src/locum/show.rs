@@ -23,7 +23,7 @@ impl Locum {
         let inner = &self.inner;
         let trials = inner.trials()?;
         let current = inner.registry.current()?;
-        let pin = inner.serving.lock().unwrap_or_else(|e| e.into_inner()).pin;
+        let pin = inner.swap.serving().pin;
         let mut out = Vec::new();
         let manifests = inner.registry.list()?;
         for manifest in &manifests {
@@ -115,7 +115,7 @@ impl Locum {
         }
         stats.deferral_reasons = reasons;
         {
-            let serving = inner.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let serving = inner.swap.serving();
             stats.pin = serving.pin;
             stats.current = serving.current.as_ref().map(|s| s.id.clone());
             stats.current_version = serving.current.as_ref().map_or(0, |s| s.version);
@@ -153,7 +153,7 @@ impl Inner {
             .into_iter()
             .filter_map(|(_, value)| serde_json::from_value(value).ok())
             .collect();
-        let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let serving = self.swap.serving();
         if let Some(live) = &serving.trial {
             // What is in memory is newer: verdicts are formed often and stored when they change something.
             if let Some(old) = trials.iter_mut().find(|t| t.version == live.record.version) {
@@ -233,7 +233,7 @@ impl Inner {
             ))
         });
         let (serving_version, trial_version) = {
-            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let serving = self.swap.serving();
             (
                 serving
                     .current

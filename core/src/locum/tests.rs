@@ -220,6 +220,30 @@ fn a_rollback_without_a_model_goes_to_the_student_before_and_then_to_the_teacher
 }
 
 #[test]
+fn an_alarm_that_comes_late_does_not_take_back_the_student_before() {
+    let world = World::new(2);
+    let registry = world.registry();
+    for version in [1, 2] {
+        registry.set_current(Some(version)).unwrap();
+    }
+    let locum = world.open(false);
+    let rollbacks = || {
+        let events = std::iter::from_fn(|| locum.next_event());
+        let kinds = events.map(|event| event.kind);
+        kinds
+            .filter(|kind| *kind == super::EventKind::RolledBack)
+            .count()
+    };
+    locum.rollback().unwrap();
+    locum.inner.take_back(2, "it fell behind").unwrap();
+    assert_eq!(registry.current().unwrap(), Some(1));
+    let serving = locum.inner.swap.serving();
+    assert_eq!(serving.current.as_ref().map(|s| s.version), Some(1));
+    drop(serving);
+    assert_eq!(rollbacks(), 1, "and nobody is told of it twice");
+}
+
+#[test]
 fn a_rollback_without_a_model_takes_a_pin_back_too() {
     let world = World::new(1);
     let with_model = world.open(false);
@@ -247,11 +271,11 @@ fn what_another_process_pins_or_takes_back_reaches_a_running_host() {
     world.registry().set_current(Some(1)).unwrap();
     let host = world.open(false);
     let pinned = || {
-        let serving = host.inner.serving.lock().unwrap();
+        let serving = host.inner.swap.serving();
         serving.pinned.as_ref().map(|s| s.version)
     };
     let current = || {
-        let serving = host.inner.serving.lock().unwrap();
+        let serving = host.inner.swap.serving();
         serving.current.as_ref().map(|s| s.version)
     };
     assert_eq!((pinned(), current()), (None, Some(1)));

@@ -160,13 +160,19 @@ const PIN: &str = "pin";
 impl Inner {
     /// Takes up what the registry and the store say: pin, current student, trial, watch. Without a model only the pin.
     pub(super) fn restore(&self) -> Result<(), Error> {
-        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
-        *seen = self.look()?;
-        self.pin_stored(seen.pin);
-        if self.base.is_none() {
-            return Ok(());
-        }
-        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let stored = |seen: &mut Seen| {
+            *seen = self.look()?;
+            self.pin_stored(seen.pin);
+            match self.base {
+                Some(_) => self.restore_students(seen.current),
+                None => Ok(()),
+            }
+        };
+        self.swap.change(stored, |_, ()| ())
+    }
+
+    fn restore_students(&self, current: Option<u64>) -> Result<(), Error> {
+        let mut serving = self.swap.serving();
         let settings = self.loaded().settings.gate.clone();
         let records: Vec<TrialRecord> = self
             .store
@@ -174,7 +180,7 @@ impl Inner {
             .into_iter()
             .filter_map(|(_, value)| serde_json::from_value(value).ok())
             .collect();
-        if let Some(version) = seen.current {
+        if let Some(version) = current {
             match self.load_student(version) {
                 Ok(student) => serving.current = Some(student),
                 Err(error) => {
@@ -245,7 +251,7 @@ impl Inner {
             Some(_) => self.of_pin(pin),
             None => Ok(None),
         };
-        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let mut serving = self.swap.serving();
         serving.pin = pin;
         match loaded {
             Ok(student) => serving.pinned = student,
@@ -258,22 +264,21 @@ impl Inner {
 
     /// Takes up what another process changed: a pin, or the student in service. Called by the keeper.
     pub(super) fn follow_store(&self) {
-        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
-        // A store that cannot be read right now is read again at the next look.
-        let Ok(now) = self.look() else { return };
-        if now.pin != seen.pin {
-            self.pin_stored(now.pin);
-        }
-        if now.current != seen.current {
-            self.serve_stored(now.current);
-        }
-        *seen = now;
+        let take_up = |seen: &Seen, now: &Seen| {
+            if now.pin != seen.pin {
+                self.pin_stored(now.pin);
+            }
+            if now.current != seen.current {
+                self.serve_stored(now.current);
+            }
+        };
+        self.swap.follow(|| self.look().ok(), take_up);
     }
 
     /// Puts the student that the registry calls current into service, unless it serves already.
     fn serve_stored(&self, version: Option<u64>) {
         let serves = || {
-            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let serving = self.swap.serving();
             serving.current.as_ref().map(|s| s.version) == version
         };
         if self.base.is_none() || serves() {
@@ -281,12 +286,12 @@ impl Inner {
         }
         let loaded = version.map(|v| self.load_student(v)).transpose();
         if let Some(engine) = &self.engine {
-            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let serving = self.swap.serving();
             let pinned = serving.pinned.as_ref().map_or(0, |s| s.version);
             let trial = serving.trial.as_ref().map_or(0, |t| t.record.version);
             engine.keep_only(&[version.unwrap_or(0), pinned, trial, 0]);
         }
-        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let mut serving = self.swap.serving();
         // The evidence on another student says nothing of this one.
         serving.watch = None;
         match loaded {
@@ -367,7 +372,7 @@ impl Inner {
             order: BTreeMap::new(),
             late: BTreeSet::new(),
         };
-        self.serving.lock().unwrap_or_else(|e| e.into_inner()).trial = Some(trial);
+        self.swap.serving().trial = Some(trial);
         Ok(())
     }
 
@@ -415,11 +420,7 @@ impl Inner {
             shadow,
             since: Instant::now(),
         };
-        self.serving
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .shadows
-            .push(watched);
+        self.swap.serving().shadows.push(watched);
         self.nudge();
     }
 
@@ -428,7 +429,7 @@ impl Inner {
         let mut done = Vec::new();
         let left;
         {
-            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let mut serving = self.swap.serving();
             let mut i = 0;
             while i < serving.shadows.len() {
                 let watched = &serving.shadows[i];
@@ -462,7 +463,7 @@ impl Inner {
             let agrees = valid && same_calls(&said, &calls);
             let mut stored = None;
             {
-                let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+                let mut serving = self.swap.serving();
                 if let Some(trial) = serving
                     .trial
                     .as_mut()
@@ -506,23 +507,14 @@ impl Inner {
             open.invalid_calls,
         );
         if status == Status::Unknown {
-            self.serving
-                .lock()
-                .unwrap_or_else(|e| e.into_inner())
-                .waiting
-                .insert(id, entry);
+            self.swap.serving().waiting.insert(id, entry);
             return;
         }
         self.count(id, entry, status, honest);
     }
 
     pub(super) fn account_later(&self, id: EpisodeId, status: Status, honest: bool) {
-        let entry = self
-            .serving
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .waiting
-            .remove(&id);
+        let entry = self.swap.serving().waiting.remove(&id);
         if let Some(entry) = entry {
             self.account_entry(id, entry, status, honest);
         }
@@ -536,11 +528,7 @@ impl Inner {
         honest: bool,
     ) {
         if status == Status::Unknown {
-            self.serving
-                .lock()
-                .unwrap_or_else(|e| e.into_inner())
-                .waiting
-                .insert(id, entry);
+            self.swap.serving().waiting.insert(id, entry);
         } else {
             self.count(id, entry, status, honest);
         }
@@ -554,7 +542,7 @@ impl Inner {
         honest: bool,
     ) {
         let success = status == Status::Success && honest;
-        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let mut serving = self.swap.serving();
         if let Some(trial) = serving
             .trial
             .as_mut()
@@ -597,7 +585,7 @@ impl Inner {
     pub(super) fn judge_trial(&self) {
         let loaded = self.loaded();
         let ready = {
-            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let mut serving = self.swap.serving();
             match serving.trial.as_mut() {
                 None => None,
                 Some(trial) => {
@@ -668,7 +656,7 @@ impl Inner {
     }
 
     fn advance_to_canary(&self, verdict: Verdict) -> Result<(), Error> {
-        let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let mut serving = self.swap.serving();
         let Some(trial) = serving.trial.as_mut() else {
             return Ok(());
         };
@@ -694,16 +682,16 @@ impl Inner {
         record.teacher_success = teacher_success;
         record.ended_at_ms = Some(now_ms());
         record.canary_verdict = Some(verdict.clone());
-        // The pointer first, then the trial's end: after a crash between the two the trial is still on and is judged again.
-        // Nobody looks at the pointer until it is followed here, or the keeper could put the student before back into service.
-        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
-        self.registry.set_current(Some(record.version))?;
-        seen.current = Some(record.version);
-        self.save_trial(&record)?;
         let settings = record.settings.clone().unwrap_or_default();
         let (job, version) = (record.job, record.version);
-        {
-            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        // The pointer first, then the trial's end: after a crash between the two the trial is still on and is judged again.
+        let store = |seen: &mut Seen| {
+            self.registry.set_current(Some(version))?;
+            seen.current = Some(version);
+            self.save_trial(&record)?;
+            Ok::<_, Error>(record)
+        };
+        self.swap.change(store, |serving, record| {
             serving.trial = None;
             serving.current = Some(student.clone());
             serving.trouble = None;
@@ -713,8 +701,7 @@ impl Inner {
                 deferrals: 0,
                 steps: 0,
             });
-        }
-        drop(seen);
+        })?;
         if let Some(engine) = &self.engine {
             engine.keep_only(&[version, 0]);
         }
@@ -741,7 +728,7 @@ impl Inner {
         }
         record.stage = "held".into();
         self.save_trial(&record)?;
-        self.serving.lock().unwrap_or_else(|e| e.into_inner()).trial = None;
+        self.swap.serving().trial = None;
         self.note("held", record.version, &verdict.sentence());
         self.update_job(job, |status| {
             status.state = JobState::Held;
@@ -751,15 +738,16 @@ impl Inner {
 
     fn watch_current(&self, loaded: &super::Loaded) {
         let alarm = {
-            let serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let serving = self.swap.serving();
             let Some(watch) = serving.watch.as_ref().filter(|w| !w.record.live.is_empty()) else {
                 return;
             };
+            let version = watch.record.version;
             let n = watch.record.live.len() as u64;
             let wins = watch.record.live.iter().filter(|l| l.0).count() as f64;
             let built_in = watch.test.alarmed();
             let info = LiveInfo {
-                student: watch.record.version.to_string(),
+                student: version.to_string(),
                 episodes: n,
                 success: wins / n as f64,
                 teacher_success: watch.record.teacher_success,
@@ -771,47 +759,49 @@ impl Inner {
             drop(serving);
             match loaded.policy.rollback(&info) {
                 // A floor that no policy can vote down: the built-in alarm always counts.
-                Some((false, _)) | None => built_in.then_some(sentence),
-                Some((true, why)) => Some(why),
+                Some((false, _)) | None => built_in.then_some((version, sentence)),
+                Some((true, why)) => Some((version, why)),
             }
         };
-        if let Some(why) = alarm {
-            let _ = self.take_back(&why);
+        if let Some((version, why)) = alarm {
+            let _ = self.take_back(version, &why);
         }
     }
 
-    /// Takes the promoted student out of service; the one before it, or the teacher, plays on.
-    pub(super) fn take_back(&self, why: &str) -> Result<(), Error> {
-        // As in `promote`.
-        let mut seen = self.seen.lock().unwrap_or_else(|e| e.into_inner());
-        let (gone, before) = (self.registry.current()?, self.registry.previous()?);
-        let previous = before.and_then(|v| self.load_student(v).ok());
-        // Where no model is loaded, the one before is taken on trust: whoever opens the store with a model loads it or says why not.
-        let next = match &self.base {
-            Some(_) => previous.as_ref().map(|s| s.version),
-            None => before,
+    /// Takes a promoted student out of service; the one before it, or the teacher, plays on. One that is not in service any more is
+    /// left: what was said against it says nothing of its successor.
+    pub(super) fn take_back(&self, version: u64, why: &str) -> Result<(), Error> {
+        let store = |seen: &mut Seen| {
+            if self.registry.current()? != Some(version) {
+                return Ok(None);
+            }
+            let before = self.registry.previous()?;
+            let previous = before.and_then(|v| self.load_student(v).ok());
+            // Where no model is loaded, the one before is taken on trust: whoever opens the store with a model loads it or says why not.
+            let next = match &self.base {
+                Some(_) => previous.as_ref().map(|s| s.version),
+                None => before,
+            };
+            let mut trials = self.trials()?.into_iter();
+            let stored = trials.find(|t| t.version == version && t.stage == "promoted");
+            self.registry.set_current(next)?;
+            seen.current = next;
+            if let Some(engine) = &self.engine {
+                engine.keep_only(&[next.unwrap_or(0), 0]);
+            }
+            Ok::<_, Error>(Some((previous, stored)))
         };
-        let stored = self
-            .trials()?
-            .into_iter()
-            .find(|t| Some(t.version) == gone && t.stage == "promoted");
-        self.registry.set_current(next)?;
-        seen.current = next;
-        if let Some(engine) = &self.engine {
-            engine.keep_only(&[next.unwrap_or(0), 0]);
-        }
-        let record = {
-            let mut serving = self.serving.lock().unwrap_or_else(|e| e.into_inner());
+        let taken = self.swap.change(store, |serving, stored| {
+            let (previous, stored) = stored?;
             serving.current = previous;
-            serving.watch.take().map(|w| w.record).or(stored)
-        };
-        drop(seen);
+            Some(serving.watch.take().map(|w| w.record).or(stored))
+        })?;
+        let Some(record) = taken else { return Ok(()) };
         if let Some(mut record) = record {
             record.stage = "rolled_back".into();
             record.ended_at_ms = Some(now_ms());
             self.save_trial(&record)?;
         }
-        let version = gone.unwrap_or(0);
         self.note("rolled back", version, why);
         self.events
             .push(EventKind::RolledBack, version, 0, json!({ "why": why }));
@@ -844,24 +834,24 @@ impl Locum {
     /// Like [`Locum::use_student`] for this open instance only: a measurement that is killed leaves no pin behind.
     pub fn use_student_here(&self, pin: Pin) -> Result<(), Error> {
         self.inner.check_open()?;
-        self.set_pin(pin, self.inner.of_pin(pin)?);
+        let pinned = self.inner.of_pin(pin)?;
+        let mut serving = self.inner.swap.serving();
+        serving.pin = pin;
+        serving.pinned = pinned;
         Ok(())
     }
 
     fn keep_pin(&self, pin: Pin, pinned: Option<Arc<Student>>) -> Result<(), Error> {
-        let mut seen = self.inner.seen.lock().unwrap_or_else(|e| e.into_inner());
-        self.inner
-            .store
-            .put_json(JsonTable::Student, PIN, &json!(pin))?;
-        seen.pin = pin;
-        self.set_pin(pin, pinned);
-        Ok(())
-    }
-
-    fn set_pin(&self, pin: Pin, pinned: Option<Arc<Student>>) {
-        let mut serving = self.inner.serving.lock().unwrap_or_else(|e| e.into_inner());
-        serving.pin = pin;
-        serving.pinned = pinned;
+        let store = |seen: &mut Seen| {
+            let store = &self.inner.store;
+            store.put_json(JsonTable::Student, PIN, &json!(pin))?;
+            seen.pin = pin;
+            Ok(())
+        };
+        self.inner.swap.change(store, |serving, ()| {
+            serving.pin = pin;
+            serving.pinned = pinned;
+        })
     }
 
     /// Takes back the promoted student, and a pin with it: the student before it plays again, or the teacher.
@@ -871,14 +861,14 @@ impl Locum {
     pub fn rollback(&self) -> Result<(), Error> {
         self.inner.check_open()?;
         let unpinned = {
-            let serving = self.inner.serving.lock().unwrap_or_else(|e| e.into_inner());
+            let serving = self.inner.swap.serving();
             serving.pin != Pin::Automatic
         };
         if unpinned {
             self.keep_pin(Pin::Automatic, None)?;
         }
-        if self.inner.registry.current()?.is_some() {
-            return self.inner.take_back("the operator said so");
+        if let Some(version) = self.inner.registry.current()? {
+            return self.inner.take_back(version, "the operator said so");
         }
         if unpinned {
             return Ok(());

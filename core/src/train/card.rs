@@ -81,15 +81,17 @@ impl OnCard {
         Ok(())
     }
 
-    /// As `fit::step_gradients`; after an error nothing has moved.
+    /// As `fit::step_gradients`; after an error nothing has moved. `ttt_lr`: the step size of layers that learn while they read.
     pub fn step_gradients(
         &mut self,
         samples: &[Sample],
         batch: &[usize],
         trim: Option<f64>,
+        ttt_lr: f32,
     ) -> Result<StepOutcome, DeviceError> {
         let rows = whole(samples, batch);
-        self.training.forward(&ids_of(samples, batch), true)?;
+        self.training
+            .forward(&ids_of(samples, batch), ttt_lr, true)?;
         let (at, labels, mut weights, owner) = targets(samples, batch, &rows);
         let mut outcome = StepOutcome {
             loss: 0.0,
@@ -122,13 +124,18 @@ impl OnCard {
     }
 
     /// As `fit::held_out_loss`.
-    pub fn held_out_loss(&mut self, samples: &[Sample]) -> Result<(f64, f64), TrainError> {
+    pub fn held_out_loss(
+        &mut self,
+        samples: &[Sample],
+        ttt_lr: f32,
+    ) -> Result<(f64, f64), TrainError> {
         let all: Vec<usize> = (0..samples.len())
             .filter(|&i| samples[i].is_usable())
             .collect();
         let (mut loss, mut weight, mut exact, mut asked) = (0.0, 0.0, 0usize, 0usize);
         for batch in pack(&all, samples, HELD_OUT_ROWS) {
-            self.training.forward(&ids_of(samples, &batch), false)?;
+            self.training
+                .forward(&ids_of(samples, &batch), ttt_lr, false)?;
             let rows = whole(samples, &batch);
             let (at, labels, weights, owner) = targets(samples, &batch, &rows);
             let seen = self.training.head((&at, &labels, &weights), None)?;

@@ -165,6 +165,11 @@ impl Trainee {
         self.model.packed_rows(&ids_of(samples, batch), self.share)
     }
 
+    /// Step size of layers that learn while they read, as it is now.
+    fn ttt_lr(&self) -> f32 {
+        self.model.config.ttt.as_ref().map_or(0.0, |ttt| ttt.lr)
+    }
+
     pub(super) fn with(&mut self, id: TrainId, change: &mut dyn FnMut(&mut [f32])) {
         match id {
             TrainId::Full(id) => {
@@ -326,6 +331,7 @@ fn fit_there(
     let step_size = (trainee.model.config.ttt.as_ref())
         .filter(|_| trainee.model.writes_nothing_yet())
         .map(|ttt| ttt.lr);
+    let ttt_from = plan.ttt.as_ref().map_or(0.0, |ttt| ttt.from);
     let mut state = State {
         plan: Some(plan.clone()),
         data: data_hash.into(),
@@ -366,7 +372,7 @@ fn fit_there(
             {
                 state.next_evaluation += 1;
                 let (loss, exact) = match &mut card {
-                    Some(card) => card.held_out_loss(held_out)?,
+                    Some(card) => card.held_out_loss(held_out, trainee.ttt_lr())?,
                     None => held_out_loss(pool, &trainee, held_out, first, &mut lower_held)?,
                 };
                 let lr = schedule.lr(state.step, done);
@@ -405,10 +411,13 @@ fn fit_there(
             let attention = pool.attentive();
             if let (Some(ttt), Some(lr)) = (&mut trainee.model.config.ttt, step_size) {
                 // What untrained filters write at full step size can throw the student off before they have learned what to write.
-                ttt.lr = lr * (done / TTT_WARMUP).clamp(0.003, 1.0) as f32;
+                ttt.lr = match done - ttt_from {
+                    early if early < 0.0 => 0.0,
+                    since => lr * (since / TTT_WARMUP).clamp(0.003, 1.0) as f32,
+                };
             }
             let outcome = match &mut card {
-                Some(on) => match on.step_gradients(train, batch, trim) {
+                Some(on) => match on.step_gradients(train, batch, trim, trainee.ttt_lr()) {
                     // Nothing has moved in this step yet, so the processor can make it.
                     Err(DeviceError::Memory(why)) => {
                         device.note(&DeviceError::Memory(why));

@@ -15,7 +15,7 @@ pub use fit::{
 };
 pub use memory::Memory;
 pub use optim::{AdamW, Schedule};
-pub use plan::{Method, TrainPlan};
+pub use plan::{Method, TrainPlan, TttPlan};
 
 use crate::device::DeviceError;
 use crate::model::ModelError;

@@ -76,6 +76,9 @@ pub struct TttPlan {
     pub lr: f64,
     /// Peak learning rate of filters and projections. They have no weight decay.
     pub rate: f64,
+    /// Share of the job behind which the layers begin to learn; up to there it is that of a plain student.
+    #[serde(default)]
+    pub from: f64,
 }
 
 impl TttPlan {
@@ -113,6 +116,7 @@ impl TttPlan {
                     TttStart::NextToken => 2e-5,
                 })
                 .clamp(1e-7, 1e-1),
+            from: knobs.ttt_from.unwrap_or(0.0).clamp(0.0, 0.9),
         }))
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::fit::{step_gradients, LowerCache, StepOutcome, Trainee};
+use super::plan::TttPlan;
 use super::*;
 use crate::kernels::{Pool, Random};
 use crate::model::{write_tiny, AdapterConfig, Grads, Lora, Model, Tape, LINEARS};
@@ -295,6 +296,62 @@ fn layers_that_learn_while_they_read_are_given_each_sample_whole() {
         None,
     );
     assert_eq!(step.outcome.shared, 0);
+}
+
+#[test]
+fn until_layers_begin_to_learn_a_training_is_that_of_a_plain_student() {
+    let pool = Pool::new(2, 0);
+    let samples: Vec<Sample> = (0..12).map(|i| sample(i % 2, 48, 5, 20)).collect();
+    let (train, held_out) = samples.split_at(9);
+    let plain = || {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), 3).unwrap();
+        Model::load(dir.path()).unwrap()
+    };
+    let run = |from: Option<f64>| {
+        let ttt = from.map(|from| TttPlan {
+            start: TttStart::NextToken,
+            every: 1,
+            chunk_len: 16,
+            lr: 1.0,
+            rate: 1e-2,
+            from,
+        });
+        let model = match &ttt {
+            None => plain(),
+            Some(ttt) => {
+                let layers = ttt.config(plain().config.num_hidden_layers);
+                let mut random = Random::new(5);
+                plain().with_ttt(layers, ttt.start, &mut random).unwrap()
+            }
+        };
+        let plan = TrainPlan {
+            method: Method::Full,
+            tokens: 4000,
+            batch_tokens: 160,
+            lr: 1e-3,
+            evaluations: 4,
+            share_beginnings: false,
+            ttt,
+            ..TrainPlan::default()
+        };
+        let go = &mut |_: &Progress| Flow::Go;
+        fit(&pool, model, train, held_out, "x", &plan, None, go).unwrap()
+    };
+    let (without, late, early) = (run(None), run(Some(0.5)), run(Some(0.0)));
+    let apart = |a: &Trained, b: &Trained, point: usize| {
+        let (a, b) = (&a.curve[point], &b.curve[point]);
+        assert_eq!(a.step, b.step);
+        (a.held_out_loss.unwrap() - b.held_out_loss.unwrap()).abs() > 1e-5
+    };
+    let half = late.curve.len() / 2;
+    for point in 0..=half {
+        assert!(!apart(&late, &without, point), "{point}");
+    }
+    assert!((1..=half).all(|point| apart(&early, &without, point)));
+    let last = late.curve.len() - 1;
+    assert!(apart(&late, &without, last));
+    assert!(!late.model.writes_nothing_yet());
 }
 
 #[test]

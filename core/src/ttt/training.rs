@@ -89,7 +89,7 @@ pub fn backward(
         let n = to - from;
         let (z, u) = (&z[from * f..to * f], &u[from * d..to * d]);
         let dy = &dy[from * d..to * d];
-        if to < whole.len {
+        if to < whole.len && config.lr != 0.0 {
             let v = &targets[from * d..to * d];
             let g = Mat::new(&g, d, f);
             let dz = MatMut::new(&mut dz[from * f..to * f], n, f);
@@ -171,8 +171,11 @@ impl<'a> Whole<'a> {
             if to == self.len {
                 break;
             }
+            if config.lr == 0.0 {
+                continue;
+            }
             let v = target(pool, layer, &self.u[from * d..to * d], 0..to - from, d);
-            if config.lr != 0.0 && !is_zero(&v) {
+            if !is_zero(&v) {
                 let w = own.get_or_insert_with(|| start.to_vec());
                 let z = &self.z[from * f..to * f];
                 add_outer(pool, (&v, z), config.lr, (d, f), w);

@@ -4,6 +4,7 @@
 mod engine;
 mod faults;
 mod graph;
+mod label;
 mod object;
 mod parity;
 mod speed;
@@ -134,7 +135,7 @@ fn assert_close(what: &str, want: &[f32], got: &[f32], tolerance: f32) {
     );
 }
 
-/// All tensors of a model but those that learn while it reads, or an adapter's.
+/// All tensors of a model; or an adapter's, and with them those of layers that learn.
 fn moving(model: &Model, lora: Option<&Lora>) -> Vec<(TrainId, usize)> {
     match lora {
         None => ParamId::all(&model.config)
@@ -150,6 +151,11 @@ fn moving(model: &Model, lora: Option<&Lora>) -> Vec<(TrainId, usize)> {
                     (TrainId::LoraB(*layer, *p), b.len()),
                 ]
             })
+            .chain(
+                moving(model, None)
+                    .into_iter()
+                    .filter(|(id, _)| matches!(id, TrainId::Full(id) if id.is_of_learning_layer())),
+            )
             .collect(),
     }
 }

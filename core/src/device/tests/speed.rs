@@ -18,11 +18,11 @@ use crate::ttt::{TttConfig, TttStart};
 const PEAK: f64 = 989e12;
 
 /// How much is measured.
-struct Size {
+pub(super) struct Size {
     vocab_size: usize,
     hidden_size: usize,
     intermediate_size: usize,
-    layers: usize,
+    pub layers: usize,
     heads: (usize, usize),
     at_once: &'static [usize],
     steps: usize,
@@ -31,10 +31,13 @@ struct Size {
     /// Rows of a training step, and their tokens.
     rows: (usize, usize),
     tokens: usize,
+    /// Of a whole job: episodes, and tokens that it trains.
+    pub episodes: u64,
+    pub trained_tokens: u64,
 }
 
-/// SmolLM2-135M.
-const WHOLE: Size = Size {
+/// SmolLM2-135M, and the demo's job.
+pub(super) const WHOLE: Size = Size {
     vocab_size: 49152,
     hidden_size: 576,
     intermediate_size: 1536,
@@ -46,11 +49,13 @@ const WHOLE: Size = Size {
     chunk: 256,
     rows: (32, 512),
     tokens: 400,
+    episodes: 245,
+    trained_tokens: 100_000,
 };
 
 /// The same on a model that the stand-in can run, so that the measurement is known to work before there is a card to measure.
-const SMALL: Size = Size {
-    vocab_size: 256,
+pub(super) const SMALL: Size = Size {
+    vocab_size: 320,
     hidden_size: 64,
     intermediate_size: 96,
     layers: 2,
@@ -61,14 +66,16 @@ const SMALL: Size = Size {
     chunk: 16,
     rows: (2, 16),
     tokens: 4,
+    episodes: 12,
+    trained_tokens: 1_000,
 };
 
-fn base(size: &Size) -> Model {
+pub(super) fn base(size: &Size) -> Model {
     let raw = json!({
         "model_type": "llama", "vocab_size": size.vocab_size, "hidden_size": size.hidden_size,
         "intermediate_size": size.intermediate_size, "num_hidden_layers": size.layers, "num_attention_heads": size.heads.0,
         "num_key_value_heads": size.heads.1, "head_dim": 64, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0, "tie_word_embeddings": true,
+        "rope_theta": 100000.0, "tie_word_embeddings": true, "bos_token_id": 0, "eos_token_id": 2,
     });
     let config = Config::from_json(&raw).unwrap();
     let (mut random, mut weights) = (Random::new(1), Weights::default());
@@ -87,7 +94,7 @@ fn base(size: &Size) -> Model {
     model
 }
 
-fn say(what: &str, mut values: Vec<f64>, unit: &str) {
+pub(super) fn say(what: &str, mut values: Vec<f64>, unit: &str) {
     values.sort_by(f64::total_cmp);
     let (median, least, most) = (
         values[values.len() / 2],
@@ -224,7 +231,7 @@ impl Job {
         let labels: Vec<u32> = rows.iter().map(|row| all[row + 1]).collect();
         let weights = vec![1.0; rows.len()];
         let began = Instant::now();
-        self.training.forward(&texts, true).unwrap();
+        self.training.forward(&texts, 0.0, true).unwrap();
         self.training
             .head((&rows, &labels, &weights), Some(1.0 / rows.len() as f32))
             .unwrap();

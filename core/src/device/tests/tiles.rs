@@ -39,7 +39,7 @@ fn say_gradients_through_attention() {
         let rows: Vec<usize> = (0..all.len() - 1).collect();
         let labels: Vec<u32> = rows.iter().map(|row| all[row + 1]).collect();
         let weights: Vec<f32> = rows.iter().map(|row| 0.5 + (row % 4) as f32).collect();
-        training.forward(&texts, true).unwrap();
+        training.forward(&texts, 0.0, true).unwrap();
         training
             .head((&rows, &labels, &weights), Some(0.01))
             .unwrap();

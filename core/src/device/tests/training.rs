@@ -3,12 +3,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::super::{CardTraining, Device, DeviceOptions, Numbers, TrainRates};
-use super::{apart, assert_close, card, moving, reference, tokens, value, wide, OBJECT};
+use super::super::{CardTraining, Device, DeviceError, DeviceOptions, Numbers, TrainRates};
+use super::{
+    apart, assert_close, card, fixtures, learner, moving, reference, tokens, value, wide, OBJECT,
+};
 use crate::kernels::Pool;
 use crate::model::{AdapterConfig, Compute, Grads, Lora, Model, ParamId, Tape, TrainId, LINEARS};
-
-use crate::train::{fit_on, Flow, Method, Progress, Sample, TrainError, TrainPlan, Trained};
+use crate::train::{
+    fit_on, Flow, Method, Progress, Sample, TrainError, TrainPlan, Trained, TttPlan,
+};
+use crate::ttt::{TttConfig, TttStart, TttTarget};
 
 /// A batch: sequences, and rows with labels and weights.
 struct Batch {
@@ -88,7 +92,8 @@ fn check(what: &str, model: &Model, lora: Option<&Lora>, first: usize, tolerance
             .unwrap();
     }
     let texts: Vec<&[u32]> = batch.texts.iter().map(|ids| &ids[..]).collect();
-    training.forward(&texts, true).unwrap();
+    let lr = model.config.ttt.as_ref().map_or(0.0, |ttt| ttt.lr);
+    training.forward(&texts, lr, true).unwrap();
     let asked = (&batch.rows[..], &batch.labels[..], &batch.weights[..]);
     let plain = training.head(asked, None).unwrap();
     let seen = training.head(asked, Some(0.01)).unwrap();
@@ -165,6 +170,123 @@ fn gradients_of_adapters_are_those_of_the_processor() {
         check(&format!("{name}, lora"), &model, Some(&lora), 0, 1e-4);
         model.compute = Compute::Bf16;
         check(&format!("{name}, lora, bf16"), &model, Some(&lora), 0, 0.15);
+    }
+}
+
+/// Models of tests/reference/ttt whose layers learn from their own inputs: untrained filters, trained ones, and none behind a projection.
+fn learners() -> Vec<(&'static str, Model)> {
+    let names = [
+        "llama_untrained",
+        "qwen3_hidden_lr3",
+        "qwen3_embed_noproj_lr0p3",
+    ];
+    names
+        .map(|name| (name, learner(name)))
+        .map(own_inputs)
+        .into()
+}
+
+/// What is made from embeddings is served and not trained.
+fn own_inputs((name, mut model): (&'static str, Model)) -> (&'static str, Model) {
+    model.config.ttt.as_mut().unwrap().target = TttTarget::HiddenStates;
+    (name, model)
+}
+
+#[test]
+fn gradients_through_layers_that_learn_are_those_of_the_processor() {
+    for (name, mut model) in learners() {
+        let lora = adapter(&model);
+        check(&format!("{name}, full"), &model, None, 0, 1e-4);
+        check(&format!("{name}, from block 1 on"), &model, None, 1, 1e-4);
+        check(&format!("{name}, lora"), &model, Some(&lora), 0, 1e-4);
+        model.compute = Compute::Bf16;
+        // A step size of 3 makes of the rounding of one chunk a hundredth of the next ones.
+        model.config.ttt.as_mut().unwrap().lr = 0.3;
+        check(&format!("{name}, full, bf16"), &model, None, 0, 0.15);
+        check(&format!("{name}, lora, bf16"), &model, Some(&lora), 0, 0.15);
+    }
+}
+
+#[test]
+fn a_student_that_learns_by_gradients_is_trained_as_a_plain_one() {
+    let mut model = reference("llama");
+    let layers = model.config.num_hidden_layers;
+    model.config.ttt = Some(TttConfig::gradient(layers, 8, 0.1));
+    check("llama, by gradients", &model, None, 0, 1e-4);
+}
+
+#[test]
+fn gradients_through_layers_that_learn_are_those_of_the_authors_code() {
+    let Some(card) = card() else { return };
+    for name in ["llama_untrained", "qwen3_hidden_lr3"] {
+        let model = learner(name);
+        let file = |file: &str| {
+            let path = fixtures().join("ttt").join(name).join(file);
+            std::fs::read(path).unwrap()
+        };
+        let (vectors, bytes) = (file("vectors.safetensors"), file("grads_len37.safetensors"));
+        let vectors = safetensors::SafeTensors::deserialize(&vectors).unwrap();
+        let wanted = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let ids: Vec<u32> = vectors
+            .tensor("len37.input_ids")
+            .unwrap()
+            .data()
+            .chunks_exact(8)
+            .map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32)
+            .collect();
+        let numbers = |name: &str| -> Option<Vec<f32>> {
+            let numbers = wanted.tensor(name).ok()?.data().chunks_exact(4);
+            let read = |b: &[u8]| f32::from_le_bytes(b.try_into().unwrap());
+            Some(numbers.map(read).collect())
+        };
+        let moves = moving(&model, None);
+        let mut training = CardTraining::begin(&card, &model, None, &moves, 0).unwrap();
+        for (id, _) in &moves {
+            training
+                .put(*id, Numbers::Value, &value(&model, None, *id))
+                .unwrap();
+        }
+        let lr = model.config.ttt.as_ref().unwrap().lr;
+        training.forward(&[&ids], lr, true).unwrap();
+        let rows: Vec<usize> = (0..ids.len() - 1).collect();
+        let weights = vec![1.0; rows.len()];
+        let scale = 1.0 / rows.len() as f32;
+        let seen = training
+            .head((&rows, &ids[1..], &weights), Some(scale))
+            .unwrap();
+        let loss = [(seen.loss / seen.weight) as f32];
+        assert_close(
+            &format!("{name}, loss"),
+            &numbers("loss").unwrap(),
+            &loss,
+            1e-5,
+        );
+        training.backward().unwrap();
+        let mut compared = 0;
+        for (id, len) in &moves {
+            let Some(want) = numbers(&format!("grad.{}", id.name())) else {
+                continue;
+            };
+            let mut got = vec![0.0; *len];
+            training.get(*id, Numbers::Gradient, &mut got).unwrap();
+            assert_close(&format!("{name}, {}", id.name()), &want, &got, 1e-3);
+            compared += usize::from(id.name().contains("ttt_"));
+        }
+        assert!(
+            compared >= 4,
+            "{name}: filters and projections were compared"
+        );
+    }
+}
+
+#[test]
+fn what_learns_from_embeddings_is_refused() {
+    let Some(card) = card() else { return };
+    let model = learner("qwen3_embed_noproj_lr0p3");
+    match CardTraining::begin(&card, &model, None, &moving(&model, None), 0) {
+        Err(DeviceError::Refused(why)) => assert!(why.contains("input_embed"), "{why}"),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it was begun"),
     }
 }
 
@@ -248,14 +370,45 @@ fn plan(method: Method) -> TrainPlan {
     }
 }
 
-/// The losses of a training, and its weights.
+/// A student whose layers are to learn while it reads: its filters write nothing yet, so that the step size comes up.
+fn student() -> Model {
+    let ttt = TttConfig {
+        layers: vec![0, 2],
+        chunk_len: 4,
+        lr: 2.0,
+        ..TttConfig::default()
+    };
+    let start = TttStart::Published;
+    reference("llama")
+        .with_ttt(ttt, start, &mut crate::kernels::Random::new(4))
+        .unwrap()
+}
+
+/// How such a student is trained: for a while as a plain one.
+fn student_plan(method: Method) -> TrainPlan {
+    let ttt = TttPlan {
+        start: TttStart::Published,
+        every: 2,
+        chunk_len: 4,
+        lr: 2.0,
+        rate: 2e-2,
+        from: 0.2,
+    };
+    TrainPlan {
+        ttt: Some(ttt),
+        tokens: 480,
+        ..plan(method)
+    }
+}
+
+/// A training of a model, as far as it gets.
 fn trained(
     device: &Device,
+    model: Model,
     plan: &TrainPlan,
     dir: Option<&Path>,
     stop: Option<u64>,
 ) -> Result<Trained, TrainError> {
-    let model = reference("llama");
     let all = samples(&model);
     let (train, held_out) = all.split_at(9);
     let mut control = |progress: &Progress| match stop == Some(progress.step) {
@@ -312,8 +465,8 @@ fn a_whole_training_has_the_losses_of_the_processor() {
     };
     for method in [lora, Method::Full, Method::Upper { layers: 1 }] {
         let plan = plan(method);
-        let want = trained(&Device::off(), &plan, None, None).unwrap();
-        let got = trained(&device, &plan, None, None).unwrap();
+        let want = trained(&Device::off(), reference("llama"), &plan, None, None).unwrap();
+        let got = trained(&device, reference("llama"), &plan, None, None).unwrap();
         println!("{:?}: on {}", plan.method, device.words());
         assert_eq!((want.steps, want.tokens), (got.steps, got.tokens));
         // The upper blocks' inputs are rounded to bf16 on the processor, which keeps them.
@@ -328,26 +481,68 @@ fn a_whole_training_has_the_losses_of_the_processor() {
 }
 
 #[test]
+fn a_whole_training_of_a_student_that_learns_has_the_losses_of_the_processor() {
+    if card().is_none() {
+        return;
+    }
+    let lora = Method::Lora {
+        rank: 4,
+        alpha: 8.0,
+    };
+    for method in [lora, Method::Full, Method::Upper { layers: 1 }] {
+        let (device, plan) = (device().unwrap(), student_plan(method));
+        let want = trained(&Device::off(), student(), &plan, None, None).unwrap();
+        let got = trained(&device, student(), &plan, None, None).unwrap();
+        let peak = device.card().unwrap().info().peak_bytes;
+        assert!(peak > 0, "{:?} was not trained on the card", plan.method);
+        println!("{:?}: on {}", plan.method, device.words());
+        assert_eq!((want.steps, want.tokens), (got.steps, got.tokens));
+        // The first for the same reason as above.
+        let tolerance = if let Method::Upper { .. } = plan.method {
+            3e-2
+        } else {
+            5e-4
+        };
+        assert_close("losses", &losses(&want), &losses(&got), tolerance);
+        for (id, data) in &want.model.weights.params {
+            let name = id.name();
+            let moved = **data != *student().weights.params[id];
+            let frozen = matches!(plan.method, Method::Upper { .. } | Method::Lora { .. });
+            assert!(moved || frozen, "{name} moves");
+            let got = &got.model.weights.params[id];
+            if name.contains("ttt_") || name.contains("down_proj") {
+                assert_close(&name, data, got, 10.0 * tolerance);
+            }
+        }
+        assert_close("weights", &weights(&want), &weights(&got), tolerance);
+    }
+}
+
+#[test]
 fn a_training_that_was_killed_goes_on_to_the_same_losses() {
     if card().is_none() {
         return;
     }
-    let device = device().unwrap();
-    let plan = plan(Method::Full);
-    let whole = trained(&device, &plan, None, None).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let killed = trained(&device, &plan, Some(dir.path()), Some(4));
-    assert!(matches!(killed, Err(TrainError::Cancelled)));
-    let resumed = trained(&device, &plan, Some(dir.path()), None).unwrap();
-    assert_eq!(losses(&whole), losses(&resumed));
-    assert_eq!(weights(&whole), weights(&resumed));
-    // What was begun on a card goes on on a processor, and the other way round.
-    for (first, then) in [(&*device, &*Device::off()), (&*Device::off(), &*device)] {
+    let plain = (reference("llama"), plan(Method::Full));
+    for (model, plan) in [plain, (student(), student_plan(Method::Full))] {
+        let device = device().unwrap();
+        let run =
+            |on: &Device, dir: Option<&Path>, stop| trained(on, model.clone(), &plan, dir, stop);
+        let whole = run(&device, None, None).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let killed = trained(first, &plan, Some(dir.path()), Some(4));
+        let killed = run(&device, Some(dir.path()), Some(4));
         assert!(matches!(killed, Err(TrainError::Cancelled)));
-        let resumed = trained(then, &plan, Some(dir.path()), None).unwrap();
-        assert_close("losses", &losses(&whole), &losses(&resumed), 2e-3);
+        let resumed = run(&device, Some(dir.path()), None).unwrap();
+        assert_eq!(losses(&whole), losses(&resumed));
+        assert_eq!(weights(&whole), weights(&resumed));
+        // What was begun on a card goes on on a processor, and the other way round.
+        for (first, then) in [(&*device, &*Device::off()), (&*Device::off(), &*device)] {
+            let dir = tempfile::tempdir().unwrap();
+            let killed = run(first, Some(dir.path()), Some(4));
+            assert!(matches!(killed, Err(TrainError::Cancelled)));
+            let resumed = run(then, Some(dir.path()), None).unwrap();
+            assert_close("losses", &losses(&whole), &losses(&resumed), 2e-3);
+        }
     }
 }
 
@@ -357,8 +552,8 @@ fn a_training_that_was_killed_goes_on_to_the_same_losses() {
 fn train_until_it_fails() {
     let device = device().unwrap();
     let plan = plan(Method::Full);
-    let want = trained(&Device::off(), &plan, None, None).unwrap();
-    let got = trained(&device, &plan, None, None).unwrap();
+    let want = trained(&Device::off(), reference("llama"), &plan, None, None).unwrap();
+    let got = trained(&device, reference("llama"), &plan, None, None).unwrap();
     assert_close("losses", &losses(&want), &losses(&got), 2e-3);
     println!("then {}", device.words());
 }

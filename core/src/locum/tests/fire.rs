@@ -182,7 +182,7 @@ fn a_fire() {
                 1 => promote(&locum, 3).unwrap(),
                 _ => locum.rollback().unwrap(),
             }
-            let current = locum.inner.serving.lock().unwrap().current.clone();
+            let current = locum.inner.swap.serving().current.clone();
             let current = current.expect("somebody always serves");
             let expected = [2, 3, 2, 1][(swap % 4) as usize];
             assert_eq!(current.version, expected, "after swap {swap}");

@@ -269,7 +269,7 @@ fn belong(store: &Path, life: u64) -> Result<(), Error> {
             promote(&locum, student.version)?;
             say(&format!("promoted {} {}", student.version, now_ms()));
         }
-        let serving = locum.inner.serving.lock().unwrap();
+        let serving = locum.inner.swap.serving();
         let current = serving.current.as_ref().map(|s| s.version);
         drop(serving);
         if current != served {
