@@ -1,8 +1,13 @@
 // A stand-in for libcuda.so.1 and libcublas.so.13 that runs the kernels on the processor, so that tests can run liblocum_cuda.so, as it is,
 // where there is no GPU. It knows what core/cuda/src/driver.rs asks for and no more. The numbers are the kernels' own, the speed is not.
 //
-// LOCUM_EMULATE orders faults: `old` (a card of generation 7.5), `none` (no device), `small` (64 MiB free), `alloc=N` (the N-th allocation
-// finds no memory), `launch=N` (the N-th kernel fails, and everything after it).
+// LOCUM_EMULATE orders faults: `old` (a card of generation 7.5), `none` (no device), `small` (64 MiB free), `narrow` (no more shared memory
+// than all have), `alloc=N` (the N-th allocation finds no memory), `launch=N` (the N-th kernel fails, and everything after it), `capture`
+// (none is begun), `broken` (what is captured is told to be no use), `instantiate=N` (the N-th graph does not get ready),
+// `graph-memory=N` (for the N-th there is no memory).
+//
+// A capture is as strict as the driver's: while it lasts nothing is done on its stream, a kernel's arguments are taken as they are then,
+// and whatever would wait, allocate, free or copy to or from the host's ordinary memory is an error and ends it.
 #include "host.h"
 
 #include <stdio.h>
@@ -10,7 +15,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -120,22 +127,35 @@ template <class... A> struct Caller<void (*)(A...)> {
     ((void (*)(A...))kernel)(*(A *)arguments[I]...);
   }
   static void call(void *kernel, void **arguments) { with(kernel, arguments, std::index_sequence_for<A...>()); }
+  // The arguments' values, one after another.
+  static std::vector<std::vector<unsigned char>> keep(void **arguments) {
+    std::vector<std::vector<unsigned char>> kept;
+    size_t i = 0;
+    for (size_t size : {sizeof(A)...}) {
+      unsigned char *from = (unsigned char *)arguments[i++];
+      kept.emplace_back(from, from + size);
+    }
+    return kept;
+  }
 };
 struct Kernel {
   void *at;
   void (*call)(void *, void **);
+  std::vector<std::vector<unsigned char>> (*keep)(void **);
 };
 
-#define K(name) {#name, {(void *)name, Caller<decltype(&name)>::call}}
+#define K(name) {#name, {(void *)name, Caller<decltype(&name)>::call, Caller<decltype(&name)>::keep}}
 #define BOTH(name) K(name##_f32), K(name##_bf16)
+#define TILES(name) K(name##16), K(name##32), K(name##64), K(name##128)
 static const std::map<std::string, Kernel> kernels = {
     BOTH(embed), BOTH(rms_norm), BOTH(rope_split), BOTH(swiglu), BOTH(one_row), BOTH(four_rows), BOTH(convert),
-    BOTH(attend_row1), BOTH(attend_row2), BOTH(attend_row4), BOTH(attend_row8), BOTH(attend_join), BOTH(cross_entropy),
+    BOTH(attend_row1), BOTH(attend_row2), BOTH(attend_row4), BOTH(attend_row8), BOTH(meet_rows), BOTH(normed_one), BOTH(normed_four),
+    BOTH(gated_one), BOTH(gated_four), BOTH(cross_entropy),
     BOTH(swiglu_back), BOTH(head_dots), BOTH(rope_join), BOTH(adamw), BOTH(attend_dq1), BOTH(attend_dq2), BOTH(attend_dq4),
     BOTH(attend_dq8), BOTH(attend_dkv1), BOTH(attend_dkv2), BOTH(attend_dkv4), BOTH(attend_dkv8), K(met_rows), K(filter_chunk),
     K(distance_parts), K(judge_drift), K(begin_again), K(rms_norm_back), K(add_rows), K(add_heads), K(embed_back), K(join_parts),
     K(filter_rows), K(filter_rows_back), K(filter_taps_back),
-    K(attend_tile16), K(attend_tile32), K(attend_tile64), K(attend_tile128)};
+    TILES(attend_tile), TILES(attend_dq_tile), TILES(attend_dkv_tile)};
 
 // Faults and memory.
 static std::mutex lock;
@@ -149,23 +169,57 @@ static bool due(const char *what, long &count) {
   count++;
   return order && strncmp(order, what, n) == 0 && atol(order + n) == count;
 }
-static long allocations, launches;
+static long allocations, launches, instances, graph_memories;
 static bool failed;
+// Calls of the driver and of cuBLAS, kernels of both started one by one, and graphs started.
+static unsigned long calls, started, replayed;
 static std::map<uintptr_t, std::pair<void *, size_t>> taken;
 
 static const size_t TOTAL = (size_t)4 << 30;
+
+enum { INVALID = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, ILLEGAL = 719, UNSUPPORTED = 801, CAPTURING = 900, SPOILED = 901 };
+
+// Work in the order in which it was queued; `recording` while it is captured.
+typedef std::vector<std::function<int()>> Work;
+struct Stream {
+  Work *recording = nullptr;
+  bool broken = false;
+};
+// Does work, or records it while a capture lasts.
+static int queue(void *handle, std::function<int()> work) {
+  Stream *stream = (Stream *)handle;
+  if (!stream->recording) return work();
+  if (stream->broken) return SPOILED;
+  return stream->recording->push_back(std::move(work)), 0;
+}
+// Does what a capture cannot hold, and which therefore spoils it.
+static int at_once(void *handle, std::function<int()> work) {
+  Stream *stream = (Stream *)handle;
+  if (!stream->recording) return work();
+  stream->broken = true;
+  return CAPTURING;
+}
+struct Blas {
+  void *stream = nullptr, *workspace = nullptr;
+};
 }  // namespace emulated
 
 using namespace emulated;
 typedef void *Handle;
-enum { ILLEGAL = 719, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID = 1 };
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int cuInit(unsigned) { return ordered("none") ? NO_DEVICE : 0; }
 EXPORT int cuDriverGetVersion(int *v) { return *v = 13000, 0; }
 EXPORT int cuGetErrorString(int code, const char **text) {
-  *text = code == OUT_OF_MEMORY ? "out of memory" : code == NO_DEVICE ? "no CUDA-capable device is detected" : "unspecified launch failure";
+  static const std::map<int, const char *> texts = {
+      {OUT_OF_MEMORY, "out of memory"},
+      {NO_DEVICE, "no CUDA-capable device is detected"},
+      {UNSUPPORTED, "operation not supported"},
+      {CAPTURING, "operation not permitted when stream is capturing"},
+      {SPOILED, "operation failed due to a previous error during capture"}};
+  auto found = texts.find(code);
+  *text = found == texts.end() ? "unspecified launch failure" : found->second;
   return 0;
 }
 EXPORT int cuDeviceGetCount(int *n) { return *n = 1, 0; }
@@ -174,7 +228,7 @@ EXPORT int cuDeviceGetName(char *name, int room, int) { return snprintf(name, ro
 EXPORT int cuDeviceGetAttribute(int *value, int which, int) {
   bool old = ordered("old");
   switch (which) {
-    case 16: return *value = 2, 0;
+    case 16: return *value = 16, 0;
     case 75: return *value = old ? 7 : 9, 0;
     case 76: return *value = old ? 5 : 0, 0;
     case 115: return *value = 1, 0;
@@ -196,17 +250,70 @@ EXPORT int cuModuleGetFunction(Handle *function, Handle, const char *name) {
   *function = (Handle)&found->second;
   return 0;
 }
-EXPORT int cuFuncSetAttribute(Handle, int, int) { return 0; }
-EXPORT int cuStreamCreateWithPriority(Handle *stream, unsigned, int) { return *stream = &lock, 0; }
-EXPORT int cuStreamDestroy_v2(Handle) { return 0; }
-EXPORT int cuStreamSynchronize(Handle) { return failed ? ILLEGAL : 0; }
+EXPORT int cuFuncSetAttribute(Handle, int, int) { return ordered("narrow") ? INVALID : 0; }
+EXPORT int cuStreamCreateWithPriority(Handle *stream, unsigned, int) { return *stream = new Stream, 0; }
+EXPORT int cuStreamDestroy_v2(Handle stream) { return delete (Stream *)stream, 0; }
+EXPORT int cuStreamSynchronize(Handle stream) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  return at_once(stream, [] { return failed ? ILLEGAL : 0; });
+}
+
+EXPORT int cuStreamBeginCapture_v2(Handle handle, int mode) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  Stream *stream = (Stream *)handle;
+  // Any other mode gets in the way of a host that allocates meanwhile.
+  if (mode != 1 || stream->recording) return INVALID;
+  if (failed) return ILLEGAL;
+  if (ordered("capture")) return CAPTURING;
+  stream->recording = new Work;
+  stream->broken = ordered("broken");
+  return 0;
+}
+EXPORT int cuStreamEndCapture(Handle handle, Handle *graph) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  Stream *stream = (Stream *)handle;
+  if (!stream->recording) return INVALID;
+  *graph = stream->recording;
+  stream->recording = nullptr;
+  if (!stream->broken) return 0;
+  delete (Work *)*graph;
+  *graph = nullptr;
+  return SPOILED;
+}
+EXPORT int cuGraphDestroy(Handle graph) { return calls++, delete (Work *)graph, 0; }
+EXPORT int cuGraphInstantiateWithFlags(Handle *replay, Handle graph, unsigned long long) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  if (due("graph-memory=", graph_memories)) return OUT_OF_MEMORY;
+  if (due("instantiate=", instances)) return UNSUPPORTED;
+  return *replay = new Work(*(Work *)graph), 0;
+}
+EXPORT int cuGraphLaunch(Handle replay, Handle stream) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  if (failed) return ILLEGAL;
+  if (((Stream *)stream)->recording) return INVALID;
+  replayed++;
+  // What a kernel comes to is told by whoever waits for it.
+  for (auto &work : *(Work *)replay) work();
+  return 0;
+}
+EXPORT int cuGraphExecDestroy(Handle replay) { return delete (Work *)replay, 0; }
+
+// For tests: calls, kernels started one by one, graphs started.
+EXPORT void emulated_counts(unsigned long *out) {
+  std::lock_guard<std::mutex> held(lock);
+  out[0] = calls, out[1] = started, out[2] = replayed;
+}
 EXPORT int cuMemPoolCreate(Handle *pool, const void *) { return *pool = &taken, 0; }
 EXPORT int cuMemPoolSetAttribute(Handle, int, void *) { return 0; }
 EXPORT int cuMemPoolDestroy(Handle) { return 0; }
 
 // Ends at a page that cannot be touched, and is full of NaN, in either format.
-EXPORT int cuMemAllocFromPoolAsync(uint64_t *at, size_t bytes, Handle, Handle) {
-  std::lock_guard<std::mutex> held(lock);
+static int allocate(uint64_t *at, size_t bytes) {
   if (due("alloc=", allocations)) return OUT_OF_MEMORY;
   size_t page = sysconf(_SC_PAGESIZE), room = (bytes + 15) / 16 * 16, whole = (room + page - 1) / page * page;
   unsigned char *mapped = (unsigned char *)mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -217,55 +324,94 @@ EXPORT int cuMemAllocFromPoolAsync(uint64_t *at, size_t bytes, Handle, Handle) {
   taken[*at] = {mapped, whole + page};
   return 0;
 }
-EXPORT int cuMemFreeAsync(uint64_t at, Handle) {
+EXPORT int cuMemAllocFromPoolAsync(uint64_t *at, size_t bytes, Handle, Handle stream) {
   std::lock_guard<std::mutex> held(lock);
-  auto found = taken.find(at);
-  if (found == taken.end()) return INVALID;
-  munmap(found->second.first, found->second.second);
-  taken.erase(found);
-  return 0;
+  calls++;
+  return at_once(stream, [=] { return allocate(at, bytes); });
 }
-EXPORT int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, Handle) { return memcpy((void *)to, from, n), failed ? ILLEGAL : 0; }
-EXPORT int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, Handle) { return memcpy(to, (void *)from, n), failed ? ILLEGAL : 0; }
-EXPORT int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, Handle) { return memmove((void *)to, (void *)from, n), failed ? ILLEGAL : 0; }
-EXPORT int cuMemsetD8Async(uint64_t at, unsigned char x, size_t n, Handle) { return memset((void *)at, x, n), failed ? ILLEGAL : 0; }
-
-EXPORT int cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned bytes,
-                          Handle, void **arguments, void **) {
+EXPORT int cuMemFreeAsync(uint64_t at, Handle stream) {
   std::lock_guard<std::mutex> held(lock);
+  calls++;
+  return at_once(stream, [=] {
+    auto found = taken.find(at);
+    if (found == taken.end()) return (int)INVALID;
+    munmap(found->second.first, found->second.second);
+    taken.erase(found);
+    return 0;
+  });
+}
+EXPORT int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, Handle stream) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  return at_once(stream, [=] { return memcpy((void *)to, from, n), failed ? ILLEGAL : 0; });
+}
+EXPORT int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, Handle stream) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  return at_once(stream, [=] { return memcpy(to, (void *)from, n), failed ? ILLEGAL : 0; });
+}
+EXPORT int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, Handle stream) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  return queue(stream, [=] { return memmove((void *)to, (void *)from, n), failed ? ILLEGAL : 0; });
+}
+EXPORT int cuMemsetD8Async(uint64_t at, unsigned char x, size_t n, Handle stream) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  return queue(stream, [=] { return memset((void *)at, x, n), failed ? ILLEGAL : 0; });
+}
+
+static int run_grid(const Kernel &kernel, Index grid, unsigned threads, unsigned bytes, void **arguments) {
   if (failed || due("launch=", launches)) return failed = true, ILLEGAL;
-  if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || !bx || bx > MOST || by != 1 || bz != 1 || bytes > 227 << 10) return INVALID;
   if (!stacks) stacks = (unsigned char *)malloc(MOST * STACK);
-  const Kernel &kernel = *(const Kernel *)function;
   body = kernel.call;
   body_kernel = kernel.at;
   body_arguments = arguments;
   std::vector<unsigned char> room(bytes + 16);
   shared = (unsigned char *)(((uintptr_t)room.data() + 15) / 16 * 16);
-  gridDim = {gx, gy, gz};
-  blockDim = {bx, 1, 1};
-  for (unsigned z = 0; z < gz; z++)
-    for (unsigned y = 0; y < gy; y++)
-      for (unsigned x = 0; x < gx; x++) {
+  gridDim = grid;
+  blockDim = {threads, 1, 1};
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x; x++) {
         blockIdx = {x, y, z};
         memset(shared, 0xff, bytes);
-        run_block(bx);
+        run_block(threads);
       }
   return 0;
 }
 
+EXPORT int cuLaunchKernel(Handle function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned bytes,
+                          Handle stream, void **arguments, void **) {
+  std::lock_guard<std::mutex> held(lock);
+  calls++;
+  if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || !bx || bx > MOST || by != 1 || bz != 1 || bytes > 227 << 10) return INVALID;
+  const Kernel &kernel = *(const Kernel *)function;
+  Index grid = {gx, gy, gz};
+  if (!((Stream *)stream)->recording) return started++, run_grid(kernel, grid, bx, bytes, arguments);
+  auto kept = std::make_shared<std::vector<std::vector<unsigned char>>>(kernel.keep(arguments));
+  return queue(stream, [=, &kernel] {
+    std::vector<void *> values;
+    for (auto &value : *kept) values.push_back(value.data());
+    return run_grid(kernel, grid, bx, bytes, values.data());
+  });
+}
+
 // cuBLAS: columns first, sums in float.
-EXPORT int cublasCreate_v2(Handle *handle) { return *handle = &taken, 0; }
-EXPORT int cublasDestroy_v2(Handle) { return 0; }
-EXPORT int cublasSetStream_v2(Handle, Handle) { return 0; }
+EXPORT int cublasCreate_v2(Handle *handle) { return *handle = new Blas, 0; }
+EXPORT int cublasDestroy_v2(Handle handle) { return delete (Blas *)handle, 0; }
+// Takes the workspace away, as cuBLAS' own does.
+EXPORT int cublasSetStream_v2(Handle handle, Handle stream) { return *(Blas *)handle = {stream, nullptr}, 0; }
+EXPORT int cublasSetWorkspace_v2(Handle handle, Handle at, size_t bytes) {
+  std::lock_guard<std::mutex> held(lock);
+  auto found = taken.find((uint64_t)at);
+  if (found == taken.end() || (uint64_t)at % 256 || bytes > found->second.second) return 7;
+  return ((Blas *)handle)->workspace = at, 0;
+}
 EXPORT int cublasGetVersion_v2(Handle, int *v) { return *v = 130000, 0; }
-EXPORT int cublasGemmEx(Handle, int op_a, int op_b, int m, int n, int k, const float *alpha, const void *a, int type_a, int lda, const void *b,
-                        int type_b, int ldb, const float *beta, void *c, int type_c, int ldc, int compute, int) {
+static int product(int op_a, int op_b, int m, int n, int k, float alpha, const void *a, int type_a, int lda, const void *b, int ldb,
+                   float beta, void *c, int type_c, int ldc) {
   bool half_in = type_a == 14, half_out = type_c == 14;
-  if (type_a != type_b || (type_a != 0 && !half_in) || (type_c != 0 && !half_out) || compute != 68) return 7;
-  if (lda < (op_a ? k : m) || ldb < (op_b ? n : k) || ldc < m || m < 0 || n < 0 || k < 0) return 7;
-  // A float product into bf16 is none that cuBLAS has.
-  if (!half_in && half_out) return 15;
   auto read = [&](const void *x, size_t i) { return half_in ? widen(((const bf16 *)x)[i]) : ((const float *)x)[i]; };
   for (int j = 0; j < n; j++)
     for (int i = 0; i < m; i++) {
@@ -274,10 +420,33 @@ EXPORT int cublasGemmEx(Handle, int op_a, int op_b, int m, int n, int k, const f
         sum += read(a, op_a ? (size_t)i * lda + l : (size_t)l * lda + i) * read(b, op_b ? (size_t)l * ldb + j : (size_t)j * ldb + l);
       size_t at = (size_t)j * ldc + i;
       // With beta 0 what was there is not read.
-      float before = *beta == 0 ? 0 : *beta * (half_out ? widen(((bf16 *)c)[at]) : ((float *)c)[at]);
-      float now = *alpha * sum + before;
+      float before = beta == 0 ? 0 : beta * (half_out ? widen(((bf16 *)c)[at]) : ((float *)c)[at]);
+      float now = alpha * sum + before;
       if (half_out) narrow(now, (bf16 *)c + at);
       else ((float *)c)[at] = now;
     }
   return 0;
+}
+EXPORT int cublasGemmEx(Handle handle, int op_a, int op_b, int m, int n, int k, const float *alpha, const void *a, int type_a, int lda,
+                        const void *b, int type_b, int ldb, const float *beta, void *c, int type_c, int ldc, int compute, int) {
+  bool half_in = type_a == 14, half_out = type_c == 14;
+  if (type_a != type_b || (type_a != 0 && !half_in) || (type_c != 0 && !half_out) || compute != 68) return 7;
+  if (lda < (op_a ? k : m) || ldb < (op_b ? n : k) || ldc < m || m < 0 || n < 0 || k < 0) return 7;
+  // A float product into bf16 is none that cuBLAS has.
+  if (!half_in && half_out) return 15;
+  // Products take no part in the order of kernels, so that two threads may make them at once.
+  Blas *blas = (Blas *)handle;
+  float by = *alpha, keep = *beta;
+  std::unique_lock<std::mutex> held(lock);
+  calls++;
+  Stream *stream = (Stream *)blas->stream;
+  auto work = [=] { return product(op_a, op_b, m, n, k, by, a, type_a, lda, b, ldb, keep, c, type_c, ldc); };
+  if (stream->recording) {
+    // Without a workspace of the caller's it would allocate one here.
+    if (!blas->workspace) stream->broken = true;
+    return queue(stream, [=] { return failed ? ILLEGAL : work(); }) ? 13 : 0;
+  }
+  started++;
+  held.unlock();
+  return work();
 }

@@ -35,6 +35,14 @@ float exchange(float mine, int lane);
 
 static inline void __syncthreads() { emulated::wait_for_block(); }
 static inline void __syncwarp() { emulated::wait_for_warp(); }
+static inline int min(int a, int b) { return a < b ? a : b; }
+// Blocks run one after another.
+static inline void __threadfence() {}
+static inline int atomicAdd(int *at, int x) {
+  int before = *at;
+  *at = before + x;
+  return before;
+}
 static inline float __shfl_sync(unsigned, float x, int lane) { return emulated::exchange(x, lane); }
 static inline float __shfl_xor_sync(unsigned, float x, int mask) { return emulated::exchange(x, (int)(threadIdx.x % 32) ^ mask); }
 static inline float __int_as_float(int bits) {

@@ -1,27 +1,53 @@
 // Causal grouped-query attention. Two forms: one query row at a time, for any head_dim and for few rows behind a long cache, whose keys
 // are then split over blocks; and tiles of 64 queries on the tensor cores.
-#include "common.cuh"
+#include "tiles.cuh"
 
 // A running softmax over keys: largest score, sum, and the mix of values.
 template <int C> struct Running {
   float most, sum, mix[C];
 };
 
-// Row `rows[n]` or n of the queries, head blockIdx.y, its keys split over gridDim.z blocks of four warps. C: ceil(e / 32).
-// With one split: out (t, h, e), and lse (t, h) where given. With more: parts (n, h, splits, e + 2). Grid (n, h, splits), 128 threads.
+// Keys of one block where a long cache is split.
+const int SPLIT_KEYS = 256;
+
+// Joins the parts of a row and head.
+template <class T> static __device__ void attend_join(const volatile float *parts, T *out, int splits, int e) {
+  float most = -INF, sum = 0;
+  for (int s = 0; s < splits; s++) most = fmaxf(most, parts[s * (e + 2) + e]);
+  for (int s = 0; s < splits; s++) {
+    const volatile float *end = parts + s * (e + 2) + e;
+    if (end[1] > 0) sum += end[1] * expf(end[0] - most);
+  }
+  for (int i = threadIdx.x; i < e; i += blockDim.x) {
+    float mix = 0;
+    for (int s = 0; s < splits; s++) {
+      const volatile float *part = parts + s * (e + 2);
+      if (part[e + 1] > 0) mix += part[i] * expf(part[e] - most);
+    }
+    narrow(mix / sum, out + i);
+  }
+}
+
+// Row `rows[n]` or n of the queries, head blockIdx.y, its keys split over up to gridDim.z blocks of four warps: over as many as its own
+// length is worth, so that what comes out does not depend on the rows beside it, and the grid not on any length. C: ceil(e / 32).
+// out (t, h, e), and lse (t, h) where given and gridDim.z is 1. The block that ends last joins parts (n, h, gridDim.z, e + 2), and leaves
+// `arrived` (n, h) at zero, as it was. A row of no span is nobody's. Grid (n, h, splits), 128 threads.
 template <class T, int C>
-static __device__ void attend_row(const T *q, const int *rows, const int *span_of, const Span *spans, int layer, T *out, float *lse, float *parts,
-                           int h, int g, int e, float scale) {
+static __device__ void attend_row(const T *q, const int *rows, const int *span_of, const Span *spans, int layer, T *out, float *lse,
+                           float *parts, int *arrived, int h, int g, int e, float scale) {
   __shared__ float query[C * 32];
   __shared__ float mixes[4][C * 32];
   __shared__ float ends[4][2];
-  size_t row = rows ? rows[blockIdx.x] : blockIdx.x, part = ((size_t)blockIdx.x * h + blockIdx.y) * gridDim.z + blockIdx.z;
-  int head = blockIdx.y, split = blockIdx.z, splits = gridDim.z, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __shared__ int before;
+  int row = rows ? rows[blockIdx.x] : (int)blockIdx.x, head = blockIdx.y, split = blockIdx.z;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (span_of[row] < 0) return;
   const Span span = spans[span_of[row]];
-  int n = span.pos + (int)(row - span.row) + 1;
+  int n = span.pos + row - span.row + 1, splits = min((n + SPLIT_KEYS - 1) / SPLIT_KEYS, (int)gridDim.z);
+  if (split >= splits) return;
   const T *keys = keys_of<T>(span, layer) + (head / (h / g)) * e, *values = values_of<T>(span, layer) + (head / (h / g)) * e;
   size_t stride = (size_t)g * e;
-  for (int i = threadIdx.x; i < C * 32; i += blockDim.x) query[i] = i < e ? widen(q[(row * h + head) * e + i]) * scale : 0;
+  for (int i = threadIdx.x; i < C * 32; i += blockDim.x) query[i] = i < e ? widen(q[((size_t)row * h + head) * e + i]) * scale : 0;
   __syncthreads();
   Running<C> seen;
   seen.most = -INF;
@@ -67,53 +93,41 @@ static __device__ void attend_row(const T *q, const int *rows, const int *span_o
     factor[w] = ends[w][1] > 0 ? expf(ends[w][0] - most) : 0;
     sum += ends[w][1] * factor[w];
   }
+  int at = blockIdx.x * h + head;
+  out += ((size_t)row * h + head) * e;
+  parts += (size_t)at * gridDim.z * (e + 2);
+  float *mine = parts + split * (e + 2);
   for (int i = threadIdx.x; i < e; i += blockDim.x) {
     float mix = 0;
 #pragma unroll
     for (int w = 0; w < 4; w++) mix += mixes[w][i] * factor[w];
-    if (splits == 1) narrow(mix / sum, out + (row * h + head) * e + i);
-    else parts[part * (e + 2) + i] = mix;
+    if (splits == 1) narrow(mix / sum, out + i);
+    else mine[i] = mix;
   }
-  if (threadIdx.x == 0 && splits == 1 && lse) lse[row * h + head] = most + logf(sum);
-  if (threadIdx.x == 0 && splits > 1) {
-    float *end = parts + part * (e + 2) + e;
-    end[0] = most;
-    end[1] = sum;
+  if (threadIdx.x == 0 && splits == 1 && lse) lse[(size_t)row * h + head] = most + logf(sum);
+  if (splits == 1) return;
+  if (threadIdx.x == 0) {
+    mine[e] = most;
+    mine[e + 1] = sum;
   }
+  // Whoever sees that all others have arrived sees what they wrote before.
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) before = atomicAdd(arrived + at, 1);
+  __syncthreads();
+  if (before != splits - 1) return;
+  __threadfence();
+  attend_join<T>(parts, out, splits, e);
+  if (threadIdx.x == 0) arrived[at] = 0;
 }
 
-// Joins the parts of a row and head. Grid (n, h).
-template <class T> static __device__ void attend_join(const float *parts, const int *rows, T *out, int splits, int e) {
-  size_t at = (size_t)(rows ? rows[blockIdx.x] : blockIdx.x) * gridDim.y + blockIdx.y;
-  const float *mine = parts + ((size_t)blockIdx.x * gridDim.y + blockIdx.y) * splits * (e + 2);
-  float most = -INF, sum = 0;
-  for (int s = 0; s < splits; s++) most = fmaxf(most, mine[s * (e + 2) + e]);
-  for (int s = 0; s < splits; s++) {
-    const float *end = mine + s * (e + 2) + e;
-    if (end[1] > 0) sum += end[1] * expf(end[0] - most);
-  }
-  for (int i = threadIdx.x; i < e; i += blockDim.x) {
-    float mix = 0;
-    for (int s = 0; s < splits; s++) {
-      const float *part = mine + s * (e + 2);
-      if (part[e + 1] > 0) mix += part[i] * expf(part[e] - most);
-    }
-    narrow(mix / sum, out + at * e + i);
-  }
-}
-
-// 64 queries of one span and head against all keys before them, on tensor cores. Tiles name a span and the first of its rows.
+// 64 queries of one span and head against all keys before them, on tensor cores.
 // out (t, h, e), lse (t, h) where given. Grid (tiles, h), 128 threads, shared memory as `attention.rs` has it.
-struct Tile {
-  int span, first;
-};
-
 template <int E>
 static __device__ void attend_tile(const bf16 *q, const Span *spans, const Tile *tiles, int layer, bf16 *out, float *lse, int h, int g,
                             float scale) {
   using namespace nvcuda;
-  // Rows of odd multiples of 16 bytes, so that neighbours do not share a bank.
-  const int LE = E + 8, LS = 64 + 4, LP = 64 + 8, LO = E + 4;
+  const int LE = Pitch<E>::rows, LS = PITCH_SCORES, LP = PITCH_WEIGHTS, LO = Pitch<E>::sums;
   DYNAMIC_SHARED(shared);
   bf16 *sq = (bf16 *)shared, *sk = sq + 64 * LE, *sv = sk + 64 * LE;
   float *so = (float *)(sv + 64 * LE);
@@ -125,39 +139,18 @@ static __device__ void attend_tile(const bf16 *q, const Span *spans, const Tile 
   int head = blockIdx.y, rows = span.len - tile.first < 64 ? span.len - tile.first : 64;
   const bf16 *keys = keys_of<bf16>(span, layer) + (head / (h / g)) * E, *values = values_of<bf16>(span, layer) + (head / (h / g)) * E;
   size_t stride = (size_t)g * E, first = (size_t)span.row + tile.first;
-  bf16 zero;
-  narrow(0.0f, &zero);
-  for (int i = threadIdx.x; i < 64 * E; i += 128) {
-    int r = i / E, c = i % E;
-    sq[r * LE + c] = r < rows ? q[((first + r) * h + head) * E + c] : zero;
-    so[r * LO + c] = 0;
-  }
+  load_tile<E>(q + (first * h + head) * E, (size_t)h * E, rows, sq);
+  for (int i = threadIdx.x; i < 64 * E; i += 128) so[i / E * LO + i % E] = 0;
   // Two lanes a row: largest score so far, sum so far, position.
   int mine = warp * 16 + lane / 2, side = lane % 2;
   float most = -INF, sum = 0;
   int last = span.pos + tile.first + mine, end = span.pos + tile.first + rows;
   for (int from = 0; from < end; from += 64) {
     __syncthreads();
-    for (int i = threadIdx.x; i < 64 * E; i += 128) {
-      int r = i / E, c = i % E;
-      bool there = from + r < end;
-      sk[r * LE + c] = there ? keys[(from + r) * stride + c] : zero;
-      sv[r * LE + c] = there ? values[(from + r) * stride + c] : zero;
-    }
+    load_tile<E>(keys + from * stride, stride, end - from, sk);
+    load_tile<E>(values + from * stride, stride, end - from, sv);
     __syncthreads();
-    for (int n = 0; n < 4; n++) {
-      wmma::fragment<wmma::accumulator, 16, 16, 16, float> s;
-      wmma::fill_fragment(s, 0.0f);
-#pragma unroll
-      for (int k = 0; k < E / 16; k++) {
-        wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16, wmma::row_major> a;
-        wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16, wmma::col_major> b;
-        wmma::load_matrix_sync(a, sq + warp * 16 * LE + k * 16, LE);
-        wmma::load_matrix_sync(b, sk + n * 16 * LE + k * 16, LE);
-        wmma::mma_sync(s, a, b, s);
-      }
-      wmma::store_matrix_sync(ss + n * 16, s, LS, wmma::mem_row_major);
-    }
+    tile_scores<E>(sq + warp * 16 * LE, sk, ss);
     __syncwarp();
     float *scores = ss + (lane / 2) * LS + side * 32;
     float here = -INF;
@@ -206,8 +199,8 @@ static __device__ void attend_tile(const bf16 *q, const Span *spans, const Tile 
 #define ATTEND_ROW(T, name, C) \
   extern "C" __global__ void __launch_bounds__(128) \
       attend_row##C##_##name(const T *q, const int *rows, const int *span_of, const Span *spans, int layer, T *out, float *lse, \
-                             float *parts, int h, int g, int e, float scale) { \
-    attend_row<T, C>(q, rows, span_of, spans, layer, out, lse, parts, h, g, e, scale); \
+                             float *parts, int *arrived, int h, int g, int e, float scale) { \
+    attend_row<T, C>(q, rows, span_of, spans, layer, out, lse, parts, arrived, h, g, e, scale); \
   }
 ATTEND_ROW(float, f32, 1)
 ATTEND_ROW(float, f32, 2)
@@ -217,13 +210,6 @@ ATTEND_ROW(bf16, bf16, 1)
 ATTEND_ROW(bf16, bf16, 2)
 ATTEND_ROW(bf16, bf16, 4)
 ATTEND_ROW(bf16, bf16, 8)
-
-extern "C" __global__ void attend_join_f32(const float *parts, const int *rows, float *out, int splits, int e) {
-  attend_join<float>(parts, rows, out, splits, e);
-}
-extern "C" __global__ void attend_join_bf16(const float *parts, const int *rows, bf16 *out, int splits, int e) {
-  attend_join<bf16>(parts, rows, out, splits, e);
-}
 
 #define ATTEND_TILE(E) \
   extern "C" __global__ void __launch_bounds__(128) \

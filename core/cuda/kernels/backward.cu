@@ -1,5 +1,5 @@
 // Backward passes, cross-entropy and AdamW. Sums over rows are made in a fixed order, so that a resumed training repeats itself.
-#include "common.cuh"
+#include "tiles.cuh"
 
 // Softmax, loss and its gradient of a row of logits (n, v): nll and whether the label is the likeliest; where `grad` is given,
 // grad = weight * scale * (p - onehot). Grid (n), 256 threads.
@@ -86,13 +86,14 @@ template <class T> static __device__ void head_dots(const T *out, const T *dout,
   if (lane == 0) sums[row * h + head] = sum;
 }
 
-// dq (t, h, e) of whole sequences from position 0; keys and values as their spans say. Grid (t, h), 128 threads. C: ceil(e / 32).
+// dq (t, h, e) of rows `rows[n]`, or of all, of whole sequences from position 0; keys and values as their spans say.
+// Grid (n, h), 128 threads. C: ceil(e / 32).
 template <class T, int C>
-static __device__ void attend_dq(const T *q, const T *dout, const float *lse, const float *dots, const int *span_of, const Span *spans,
-                          float *dq, int h, int g, int e, float scale) {
+static __device__ void attend_dq(const T *q, const T *dout, const float *lse, const float *dots, const int *rows, const int *span_of,
+                          const Span *spans, float *dq, int h, int g, int e, float scale) {
   __shared__ float query[C * 32], grad[C * 32];
   __shared__ float parts[4][C * 32];
-  size_t row = blockIdx.x;
+  size_t row = rows ? rows[blockIdx.x] : blockIdx.x;
   int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Span span = spans[span_of[row]];
   int n = (int)(row - span.row) + 1;
@@ -133,13 +134,14 @@ static __device__ void attend_dq(const T *q, const T *dout, const float *lse, co
   for (int i = threadIdx.x; i < e; i += blockDim.x) dq[at * e + i] = parts[0][i] + parts[1][i] + parts[2][i] + parts[3][i];
 }
 
-// dk, dv (t, g, e): the key in row r against all later queries of its sequence, of every head that reads it. Grid (t, g), 128 threads.
+// dk, dv (t, g, e) of rows `rows[n]`, or of all: the key in it against all later queries of its sequence, of every head that reads it.
+// Grid (n, g), 128 threads.
 template <class T, int C>
-static __device__ void attend_dkv(const T *q, const T *dout, const float *lse, const float *dots, const int *span_of, const Span *spans,
-                           float *dk, float *dv, int h, int g, int e, float scale) {
+static __device__ void attend_dkv(const T *q, const T *dout, const float *lse, const float *dots, const int *rows, const int *span_of,
+                           const Span *spans, float *dk, float *dv, int h, int g, int e, float scale) {
   __shared__ float key[C * 32], value[C * 32];
   __shared__ float parts[4][2][C * 32];
-  size_t row = blockIdx.x;
+  size_t row = rows ? rows[blockIdx.x] : blockIdx.x;
   int group = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Span span = spans[span_of[row]];
   int own = (int)(row - span.row);
@@ -192,6 +194,108 @@ static __device__ void attend_dkv(const T *q, const T *dout, const float *lse, c
     dk[to + i] = parts[0][0][i] + parts[1][0][i] + parts[2][0][i] + parts[3][0][i];
     dv[to + i] = parts[0][1][i] + parts[1][1][i] + parts[2][1][i] + parts[3][1][i];
   }
+}
+
+// The same in tiles of 64 queries, on the tensor cores: what is multiplied is rounded to bf16, sums are float.
+// Grid (tiles, h), 128 threads, shared memory as `attention.rs` has it.
+template <int E>
+static __device__ void attend_dq_tile(const bf16 *q, const bf16 *dout, const float *lse, const float *dots, const Span *spans,
+                               const Tile *tiles, float *dq, int h, int g, float scale) {
+  const int LE = Pitch<E>::rows, LS = PITCH_SCORES, LP = PITCH_WEIGHTS;
+  DYNAMIC_SHARED(shared);
+  bf16 *sq = (bf16 *)shared, *sg = sq + 64 * LE, *sk = sg + 64 * LE, *sv = sk + 64 * LE;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float *scores = (float *)(sv + 64 * LE);
+  bf16 *weights = (bf16 *)(scores + 4 * 2 * 16 * LS) + warp * 16 * LP;
+  scores += warp * 2 * 16 * LS;
+  const Tile tile = tiles[blockIdx.x];
+  const Span span = spans[tile.span];
+  int head = blockIdx.y, n = min(span.len - tile.first, 64);
+  const bf16 *keys = keys_of<bf16>(span, 0) + (head / (h / g)) * E, *values = values_of<bf16>(span, 0) + (head / (h / g)) * E;
+  size_t stride = (size_t)g * E, first = ((size_t)span.row + tile.first) * h + head;
+  load_tile<E>(q + first * E, (size_t)h * E, n, sq);
+  load_tile<E>(dout + first * E, (size_t)h * E, n, sg);
+  // Two lanes a row.
+  int mine = warp * 16 + lane / 2, side = lane % 2;
+  float top = mine < n ? lse[first + (size_t)mine * h] : 0, dot = mine < n ? dots[first + (size_t)mine * h] : 0;
+  TileSums<E> sums;
+  sums.clear();
+  for (int from = 0; from < tile.first + n; from += 64) {
+    __syncthreads();
+    load_tile<E>(keys + from * stride, stride, tile.first + n - from, sk);
+    load_tile<E>(values + from * stride, stride, tile.first + n - from, sv);
+    __syncthreads();
+    tile_scores<E>(sq + warp * 16 * LE, sk, scores);
+    tile_scores<E>(sg + warp * 16 * LE, sv, scores + 16 * LS);
+    __syncwarp();
+    for (int i = 0; i < 32; i++) {
+      const float *s = scores + lane / 2 * LS + side * 32 + i;
+      bool seen = mine < n && from + side * 32 + i <= tile.first + mine;
+      narrow(seen ? expf(s[0] * scale - top) * (s[16 * LS] - dot) * scale : 0, weights + lane / 2 * LP + side * 32 + i);
+    }
+    __syncwarp();
+    sums.add(weights, sk);
+  }
+  // Queries and their gradients are no longer read.
+  __syncthreads();
+  float *place = (float *)shared + warp * 16 * Pitch<E>::sums;
+  sums.store(place, dq + (first + (size_t)warp * 16 * h) * E, (size_t)h * E, n - warp * 16);
+}
+
+// dk and dv of tiles of 64 keys. Grid (tiles, g), 128 threads.
+template <int E>
+static __device__ void attend_dkv_tile(const bf16 *q, const bf16 *dout, const float *lse, const float *dots, const Span *spans,
+                                const Tile *tiles, float *dk, float *dv, int h, int g, float scale) {
+  const int LE = Pitch<E>::rows, LS = PITCH_SCORES, LP = PITCH_WEIGHTS;
+  DYNAMIC_SHARED(shared);
+  bf16 *sq = (bf16 *)shared, *sg = sq + 64 * LE, *sk = sg + 64 * LE, *sv = sk + 64 * LE;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = blockIdx.y;
+  float *tops = (float *)(sv + 64 * LE), *drops = tops + 64, *scores = drops + 64;
+  bf16 *weights = (bf16 *)(scores + 4 * 2 * 16 * LS) + warp * 2 * 16 * LP;
+  scores += warp * 2 * 16 * LS;
+  const Tile tile = tiles[blockIdx.x];
+  const Span span = spans[tile.span];
+  int n = min(span.len - tile.first, 64);
+  size_t stride = (size_t)g * E, at = (size_t)tile.first * stride + group * E;
+  load_tile<E>(keys_of<bf16>(span, 0) + at, stride, n, sk);
+  load_tile<E>(values_of<bf16>(span, 0) + at, stride, n, sv);
+  int mine = warp * 16 + lane / 2, side = lane % 2;
+  TileSums<E> sums_k, sums_v;
+  sums_k.clear();
+  sums_v.clear();
+  for (int head = group * (h / g); head < (group + 1) * (h / g); head++) {
+    for (int from = tile.first; from < span.len; from += 64) {
+      size_t first = ((size_t)span.row + from) * h + head;
+      int there = min(span.len - from, 64);
+      __syncthreads();
+      load_tile<E>(q + first * E, (size_t)h * E, there, sq);
+      load_tile<E>(dout + first * E, (size_t)h * E, there, sg);
+      for (int i = threadIdx.x; i < there; i += 128) {
+        tops[i] = lse[first + (size_t)i * h];
+        drops[i] = dots[first + (size_t)i * h];
+      }
+      __syncthreads();
+      tile_scores<E>(sk + warp * 16 * LE, sq, scores);
+      tile_scores<E>(sv + warp * 16 * LE, sg, scores + 16 * LS);
+      __syncwarp();
+      for (int i = 0; i < 32; i++) {
+        int query = side * 32 + i;
+        const float *s = scores + lane / 2 * LS + query;
+        bool seen = query < there && from + query >= tile.first + mine;
+        float p = seen ? expf(s[0] * scale - tops[query]) : 0;
+        narrow(p, weights + lane / 2 * LP + query);
+        narrow(seen ? p * (s[16 * LS] - drops[query]) * scale : 0, weights + (16 + lane / 2) * LP + query);
+      }
+      __syncwarp();
+      sums_v.add(weights, sg);
+      sums_k.add(weights + 16 * LP, sq);
+    }
+  }
+  __syncthreads();
+  float *place = (float *)shared + warp * 16 * Pitch<E>::sums;
+  size_t to = ((size_t)span.row + tile.first + warp * 16) * stride + group * E;
+  sums_k.store(place, dk + to, stride, n - warp * 16);
+  sums_v.store(place, dv + to, stride, n - warp * 16);
 }
 
 // Backward of rope_split: dq (t, h, e), dk and dv (t, g, e) -> dqkv (t, (h + 2g) e). With norms, qkv is what they read, and
@@ -309,14 +413,14 @@ BACKWARD(bf16, bf16)
 
 #define ATTEND_BACK(T, name, C) \
   extern "C" __global__ void __launch_bounds__(128) \
-      attend_dq##C##_##name(const T *q, const T *dout, const float *lse, const float *dots, const int *span_of, const Span *spans, \
-                            float *dq, int h, int g, int e, float scale) { \
-    attend_dq<T, C>(q, dout, lse, dots, span_of, spans, dq, h, g, e, scale); \
+      attend_dq##C##_##name(const T *q, const T *dout, const float *lse, const float *dots, const int *rows, const int *span_of, \
+                            const Span *spans, float *dq, int h, int g, int e, float scale) { \
+    attend_dq<T, C>(q, dout, lse, dots, rows, span_of, spans, dq, h, g, e, scale); \
   } \
   extern "C" __global__ void __launch_bounds__(128) \
-      attend_dkv##C##_##name(const T *q, const T *dout, const float *lse, const float *dots, const int *span_of, const Span *spans, \
-                             float *dk, float *dv, int h, int g, int e, float scale) { \
-    attend_dkv<T, C>(q, dout, lse, dots, span_of, spans, dk, dv, h, g, e, scale); \
+      attend_dkv##C##_##name(const T *q, const T *dout, const float *lse, const float *dots, const int *rows, const int *span_of, \
+                             const Span *spans, float *dk, float *dv, int h, int g, int e, float scale) { \
+    attend_dkv<T, C>(q, dout, lse, dots, rows, span_of, spans, dk, dv, h, g, e, scale); \
   }
 ATTEND_BACK(float, f32, 1)
 ATTEND_BACK(float, f32, 2)
@@ -326,3 +430,19 @@ ATTEND_BACK(bf16, bf16, 1)
 ATTEND_BACK(bf16, bf16, 2)
 ATTEND_BACK(bf16, bf16, 4)
 ATTEND_BACK(bf16, bf16, 8)
+
+#define ATTEND_BACK_TILE(E) \
+  extern "C" __global__ void __launch_bounds__(128) \
+      attend_dq_tile##E(const bf16 *q, const bf16 *dout, const float *lse, const float *dots, const Span *spans, const Tile *tiles, \
+                        float *dq, int h, int g, float scale) { \
+    attend_dq_tile<E>(q, dout, lse, dots, spans, tiles, dq, h, g, scale); \
+  } \
+  extern "C" __global__ void __launch_bounds__(128) \
+      attend_dkv_tile##E(const bf16 *q, const bf16 *dout, const float *lse, const float *dots, const Span *spans, const Tile *tiles, \
+                         float *dk, float *dv, int h, int g, float scale) { \
+    attend_dkv_tile<E>(q, dout, lse, dots, spans, tiles, dk, dv, h, g, scale); \
+  }
+ATTEND_BACK_TILE(16)
+ATTEND_BACK_TILE(32)
+ATTEND_BACK_TILE(64)
+ATTEND_BACK_TILE(128)

@@ -22,6 +22,7 @@ static __device__ __forceinline__ void narrow(float x, float *out) { *out = x; }
 typedef unsigned long long u64;
 
 // New rows of one sequence. Keys of layer l stand at `base + l * layer_stride`, (positions, g, e), values `v_offset` bytes behind them.
+// A row whose `span_of` is negative is nobody's.
 struct Span {
   u64 base, layer_stride, v_offset;
   int row, len, pos, unused;
@@ -63,6 +64,32 @@ static __device__ __forceinline__ float block_max(float x, float *scratch) {
   float all = scratch[0];
   for (int i = 1; i < warps; i++) all = fmaxf(all, scratch[i]);
   return all;
+}
+
+// Adds the products of at most R rows x (n, k) with a row w (k) to `acc`, as far as they are this lane's.
+template <class T, int R> static __device__ __forceinline__ void row_sums(const T *x, const T *w, int n, int k, float *acc) {
+  int lane = threadIdx.x % 32;
+  // Sixteen bytes at a time where rows begin at such.
+  const int wide = 16 / sizeof(T);
+  int whole = k % wide == 0 ? k : 0;
+  for (int i = lane * wide; i < whole; i += 32 * wide) {
+    alignas(16) T part[16 / sizeof(T)];
+    *(uint4 *)part = *(const uint4 *)(w + i);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      if (r < n) {
+        alignas(16) T mine[16 / sizeof(T)];
+        *(uint4 *)mine = *(const uint4 *)(x + (size_t)r * k + i);
+#pragma unroll
+        for (int j = 0; j < wide; j++) acc[r] += widen(part[j]) * widen(mine[j]);
+      }
+    }
+  }
+  for (int i = whole + lane; i < k; i += 32) {
+#pragma unroll
+    for (int r = 0; r < R; r++)
+      if (r < n) acc[r] += widen(w[i]) * widen(x[(size_t)r * k + i]);
+  }
 }
 
 #define INF __int_as_float(0x7f800000)

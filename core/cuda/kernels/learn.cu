@@ -7,17 +7,53 @@ struct Met {
   int row, unused;
 };
 
+// This lane's part of W z for one output.
+static __device__ __forceinline__ float own_sum(const float *w, const float *z, int f) {
+  float sum = 0;
+  for (int i = threadIdx.x % 32; i < f; i += 32) sum += w[i] * z[i];
+  return sum;
+}
+
 // x (t, d) row += W z row, a warp an output. Grid (rows, ceil(d / 4)), 128 threads.
 extern "C" __global__ void __launch_bounds__(128) met_rows(const Met *met, const float *z, float *x, int d, int f) {
   const Met mine = met[blockIdx.x];
   int column = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (column >= d) return;
-  const float *w = (const float *)mine.weight + (size_t)column * f, *from = z + (size_t)mine.row * f;
-  float sum = 0;
-  for (int i = lane; i < f; i += 32) sum += w[i] * from[i];
-  sum = warp_sum(sum);
+  float sum = warp_sum(own_sum((const float *)mine.weight + (size_t)column * f, z + (size_t)mine.row * f, f));
   if (lane == 0) x[(size_t)mine.row * d + column] += sum;
 }
+
+// The same where all that changes from step to step lies in memory: the weight that a row meets, 0 for the trained one, and where its
+// z (f) and u (d) wait for the edge, 0 for nowhere.
+struct Meets {
+  u64 weight, z, u;
+};
+
+// x (t, d) row += W z row, or the trained weight's `down` (d, f) act, a warp an output; and what waits is put where it waits.
+// Grid (t, ceil(d / 4)), 128 threads.
+template <class T>
+static __device__ void meet_rows(const Meets *meets, const T *down, const T *act, const float *z, const float *u, float *x, int d, int f) {
+  const Meets mine = meets[blockIdx.x];
+  size_t row = blockIdx.x;
+  int column = blockIdx.y * 4 + threadIdx.x / 32, lane = threadIdx.x % 32, step = gridDim.y * blockDim.x;
+  if (mine.z) {
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < f; i += step) ((float *)mine.z)[i] = z[row * f + i];
+    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < d; i += step) ((float *)mine.u)[i] = u[row * d + i];
+  }
+  if (column >= d) return;
+  float sum = 0;
+  if (mine.weight) sum = own_sum((const float *)mine.weight + (size_t)column * f, z + row * f, f);
+  else row_sums<T, 1>(act + row * f, down + (size_t)column * f, 1, f, &sum);
+  sum = warp_sum(sum);
+  if (lane == 0) x[row * d + column] += sum;
+}
+#define MEET_ROWS(T, name) \
+  extern "C" __global__ void __launch_bounds__(128) \
+      meet_rows_##name(const Meets *meets, const T *down, const T *act, const float *z, const float *u, float *x, int d, int f) { \
+    meet_rows<T>(meets, down, act, z, u, x, d, f); \
+  }
+MEET_ROWS(float, f32)
+MEET_ROWS(bf16, bf16)
 
 // out (c, d): each channel's filter of k taps over a chunk u (c, d), with zeros around it; taps (d, k). Grid (c).
 extern "C" __global__ void filter_chunk(const float *u, const float *taps, float *out, int c, int d, int k) {

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void, CString};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::driver::{
     libraries, Address, Fault, Handle, Libraries, PoolProperties, Result, ATTRIBUTE_MAJOR,
-    ATTRIBUTE_MINOR, ATTRIBUTE_MULTIPROCESSORS, ATTRIBUTE_POOLS, FUNCTION_SHARED_BYTES, POOL_KEEPS,
+    ATTRIBUTE_MINOR, ATTRIBUTE_MULTIPROCESSORS, ATTRIBUTE_POOLS, CAPTURE_THREAD_LOCAL,
+    FUNCTION_SHARED_BYTES, POOL_KEEPS,
 };
 use crate::table::{Info, Limits, LOST, OUT_OF_MEMORY};
 
@@ -16,6 +17,8 @@ use crate::table::{Info, Limits, LOST, OUT_OF_MEMORY};
 static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
 /// The oldest generation that the kernels are made for.
 const OLDEST: (u32, u32) = (8, 0);
+/// What is counted for a kernel of a graph: the driver does not tell what it keeps for one.
+const KERNEL_BYTES: usize = 2 << 10;
 /// Memory below which nothing is begun.
 const LEAST_BYTES: u64 = 256 << 20;
 
@@ -27,12 +30,16 @@ const FORMATTED: &[&str] = &[
     "swiglu",
     "one_row",
     "four_rows",
+    "normed_one",
+    "normed_four",
+    "gated_one",
+    "gated_four",
     "convert",
     "attend_row1",
     "attend_row2",
     "attend_row4",
     "attend_row8",
-    "attend_join",
+    "meet_rows",
     "cross_entropy",
     "swiglu_back",
     "head_dots",
@@ -63,6 +70,8 @@ const PLAIN: &[&str] = &[
     "filter_rows_back",
     "filter_taps_back",
 ];
+/// Kernels that there are for each of some widths of a head.
+pub const TILES: [&str; 3] = ["attend_tile", "attend_dq_tile", "attend_dkv_tile"];
 /// Widths of a head that attention in tiles knows.
 pub const TILED: [usize; 4] = [16, 32, 64, 128];
 
@@ -96,12 +105,15 @@ pub struct Card {
     context: Handle,
     module: Handle,
     functions: HashMap<(&'static str, Option<Format>), Handle>,
-    tiles: HashMap<usize, Handle>,
+    tiles: HashMap<(&'static str, usize), Handle>,
     pool: Handle,
     limit: u64,
     used: AtomicU64,
     peak: AtomicU64,
     lost: AtomicBool,
+    graphs: AtomicU32,
+    /// Why steps are queued kernel by kernel, and whether that is for good.
+    single: Mutex<(String, bool)>,
     about: Info,
 }
 
@@ -162,12 +174,13 @@ fn about(libraries: &Libraries, limits: &Limits) -> Result<(c_int, Info)> {
         driver: version as u32,
         blas: 0,
         multiprocessors: attribute(ATTRIBUTE_MULTIPROCESSORS)?,
-        reserved: 0,
+        graphs: 0,
         memory_bytes: 0,
         free_bytes: 0,
         limit_bytes: 0,
         used_bytes: 0,
         peak_bytes: 0,
+        single: [0; 256],
     };
     let mut total = 0usize;
     // SAFETY: the name is cut at its room's end by the driver.
@@ -240,6 +253,8 @@ impl Card {
             used: AtomicU64::new(0),
             peak: AtomicU64::new(0),
             lost: AtomicBool::new(false),
+            graphs: AtomicU32::new(0),
+            single: Mutex::default(),
             about,
         };
         {
@@ -322,15 +337,15 @@ impl Card {
             for base in PLAIN {
                 functions.insert((*base, None), find(base.to_string())?);
             }
-            for width in TILED {
-                let function = find(format!("attend_tile{width}"))?;
-                let bytes = crate::attention::tile_bytes(width) as c_int;
+            for (base, width) in TILES.into_iter().flat_map(|b| TILED.map(|w| (b, w))) {
+                let function = find(format!("{base}{width}"))?;
+                let bytes = crate::attention::tile_bytes(base, width) as c_int;
                 // A device that has not so much goes by rows.
                 // SAFETY: plain numbers.
                 if unsafe { (driver.function_attribute)(function, FUNCTION_SHARED_BYTES, bytes) }
                     == 0
                 {
-                    tiles.insert(width, function);
+                    tiles.insert((base, width), function);
                 }
             }
         }
@@ -409,11 +424,68 @@ impl Card {
         }
         info.used_bytes = self.used.load(Ordering::Relaxed);
         info.peak_bytes = self.peak.load(Ordering::Relaxed);
+        info.graphs = self.graphs.load(Ordering::Relaxed);
+        let (why, _) = &*self.single();
+        let mut len = why.len().min(info.single.len() - 1);
+        while !why.is_char_boundary(len) {
+            len -= 1;
+        }
+        info.single[..len].copy_from_slice(&why.as_bytes()[..len]);
         info
+    }
+
+    fn single(&self) -> MutexGuard<'_, (String, bool)> {
+        self.single.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Notes why steps are queued kernel by kernel, for good or until there is memory again; empty: they are not. What is for good stays.
+    pub fn queues_singly(&self, why: &str, for_good: bool) {
+        let mut single = self.single();
+        if !single.1 {
+            *single = (why.into(), for_good);
+        }
+    }
+
+    /// Whether this card makes graphs.
+    pub fn makes_graphs(&self) -> bool {
+        !self.single().1
+    }
+
+    /// Counts memory that is not allocated here, but because of us.
+    ///
+    /// # Errors
+    /// Out of memory, under the limit.
+    fn claim(self: &Arc<Self>, bytes: usize) -> Result<Claim> {
+        let used = self.used.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        let claim = Claim {
+            card: self.clone(),
+            bytes: bytes as u64,
+        };
+        if used > self.limit {
+            return Err(Fault {
+                status: OUT_OF_MEMORY,
+                why: format!(
+                    "{} MiB more are needed, {} of {} MiB are used",
+                    bytes.div_ceil(1 << 20),
+                    (used - bytes as u64) >> 20,
+                    self.limit >> 20
+                ),
+            });
+        }
+        self.peak.fetch_max(used, Ordering::Relaxed);
+        Ok(claim)
     }
 
     pub fn multiprocessors(&self) -> usize {
         self.about.multiprocessors as usize
+    }
+
+    /// What cuBLAS is advised to be given to work in.
+    fn workspace_bytes(&self) -> usize {
+        match self.about.major {
+            9.. => 32 << 20,
+            _ => 4 << 20,
+        }
     }
 
     /// What a device is, without keeping anything of it.
@@ -422,7 +494,9 @@ impl Card {
     }
 
     pub fn has_tiles(&self, width: usize) -> bool {
-        self.tiles.contains_key(&width)
+        TILES
+            .iter()
+            .all(|base| self.tiles.contains_key(&(*base, width)))
     }
 }
 
@@ -446,11 +520,25 @@ impl Drop for Card {
     }
 }
 
+/// Bytes that are used while it lives.
+struct Claim {
+    card: Arc<Card>,
+    bytes: u64,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.card.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 /// A queue of work on the device, with its cuBLAS. Work of one lane is done in order.
 pub struct Lane {
     pub card: Arc<Card>,
     stream: Handle,
     blas: Handle,
+    /// What cuBLAS works in, once graphs are made: left to itself it allocates, which a capture does not allow.
+    workspace: Mutex<Option<(Address, Claim)>>,
 }
 
 // SAFETY: as for `Card`; two threads never queue on one lane at once.
@@ -525,6 +613,7 @@ impl Lane {
             card: card.clone(),
             stream,
             blas: handle,
+            workspace: Mutex::default(),
         };
         blas_check(made, "cuBLAS does not start").map_err(absent)?;
         // SAFETY: both were just made.
@@ -556,39 +645,83 @@ impl Lane {
     /// Out of memory, under the limit or on the device.
     pub fn buffer(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
         let bytes = bytes.max(16);
-        let card = &self.card;
-        let used = card.used.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        let full = |why: String| {
-            card.used.fetch_sub(bytes as u64, Ordering::Relaxed);
-            Fault {
-                status: OUT_OF_MEMORY,
-                why,
-            }
+        let (at, claim) = self.allocate(bytes)?;
+        let memory = Memory {
+            lane: self.clone(),
+            at,
+            _claim: claim,
         };
-        if used > card.limit {
-            return Err(full(format!(
-                "{} MiB more are needed, {} of {} MiB are used",
-                bytes.div_ceil(1 << 20),
-                (used - bytes as u64) >> 20,
-                card.limit >> 20
-            )));
-        }
+        Ok(Buffer {
+            memory: Arc::new(memory),
+            at,
+            bytes,
+        })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<(Address, Claim)> {
+        let card = &self.card;
+        let claim = card.claim(bytes)?;
         let mut at = 0;
         // SAFETY: writes an address.
         let got =
             unsafe { (card.libraries.driver.allocate)(&mut at, bytes, card.pool, self.stream) };
-        if let Err(fault) = self.check(got, "allocating") {
-            let status = fault.status;
-            return Err(Fault {
-                status,
-                ..full(fault.why)
-            });
+        self.check(got, "allocating")?;
+        Ok((at, claim))
+    }
+
+    /// Gives cuBLAS memory of ours to work in, once.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn give_workspace(&self) -> Result<()> {
+        let mut workspace = self.workspace.lock().unwrap_or_else(|e| e.into_inner());
+        if workspace.is_some() {
+            return Ok(());
         }
-        card.peak.fetch_max(used, Ordering::Relaxed);
-        Ok(Buffer {
+        let bytes = self.card.workspace_bytes();
+        let (at, claim) = self.allocate(bytes)?;
+        // The lane frees it from now on, whatever cuBLAS says.
+        *workspace = Some((at, claim));
+        // SAFETY: memory of this lane, which lives as long as its cuBLAS.
+        let given =
+            unsafe { (self.card.libraries.blas.workspace)(self.blas, at as *mut c_void, bytes) };
+        blas_check(given, "cuBLAS takes no workspace")
+    }
+
+    /// Records what `queue` queues, which nothing is done of, as a graph of so many kernels.
+    ///
+    /// # Errors
+    /// Whatever `queue`, the driver or memory for the graph came to. The lane is as it was.
+    pub fn record(
+        self: &Arc<Self>,
+        kernels: usize,
+        queue: impl FnOnce() -> Result<()>,
+    ) -> Result<Graph> {
+        let driver = &self.card.libraries.driver;
+        let claim = self.card.claim(kernels * KERNEL_BYTES)?;
+        let (mut graph, mut replay) = (null_mut(), null_mut());
+        // SAFETY: the lane's own stream.
+        let began = unsafe { (driver.capture)(self.stream, CAPTURE_THREAD_LOCAL) };
+        self.check(began, "beginning a capture")?;
+        let queued = queue();
+        // SAFETY: as above; ends the capture, however it went.
+        let ended = unsafe { (driver.capture_end)(self.stream, &mut graph) };
+        let ended = self.check(ended, "ending a capture");
+        let made = queued.and(ended).and_then(|()| {
+            // SAFETY: the graph was just made.
+            let made = unsafe { (driver.instantiate)(&mut replay, graph, 0) };
+            self.check(made, "making a graph ready")
+        });
+        if !graph.is_null() {
+            // SAFETY: what replays it has a copy.
+            unsafe { (driver.graph_destroy)(graph) };
+        }
+        made?;
+        self.card.graphs.fetch_add(1, Ordering::Relaxed);
+        Ok(Graph {
             lane: self.clone(),
-            at,
-            bytes,
+            replay,
+            _claim: claim,
         })
     }
 
@@ -651,8 +784,8 @@ impl Lane {
         self.card.functions[&(name, format)]
     }
 
-    pub fn tile_kernel(&self, width: usize) -> Handle {
-        self.card.tiles[&width]
+    pub fn tile_kernel(&self, name: &'static str, width: usize) -> Handle {
+        self.card.tiles[&(name, width)]
     }
 
     pub fn launch(
@@ -753,28 +886,78 @@ impl Drop for Lane {
                 if !self.blas.is_null() {
                     (self.card.libraries.blas.destroy)(self.blas);
                 }
+                let workspace = self.workspace.get_mut().unwrap_or_else(|e| e.into_inner());
+                if let Some((at, _)) = workspace {
+                    (self.card.libraries.driver.free)(*at, self.stream);
+                }
                 (self.card.libraries.driver.stream_destroy)(self.stream);
             }
         }
     }
 }
 
-/// Memory of a lane. Freed behind what was queued before.
+/// Memory of a lane, or a part of it. Freed behind what was queued before.
 pub struct Buffer {
-    lane: Arc<Lane>,
+    memory: Arc<Memory>,
     pub at: Address,
     pub bytes: usize,
 }
 
-impl Drop for Buffer {
+struct Memory {
+    lane: Arc<Lane>,
+    at: Address,
+    _claim: Claim,
+}
+
+impl Buffer {
+    /// So many of its bytes, which keep the whole.
+    ///
+    /// # Panics
+    /// If it has not so many.
+    pub fn part(&self, from: usize, bytes: usize) -> Self {
+        assert!(from + bytes <= self.bytes, "a part beyond its buffer");
+        Self {
+            memory: self.memory.clone(),
+            at: self.at + from as Address,
+            bytes,
+        }
+    }
+}
+
+impl Drop for Memory {
     fn drop(&mut self) {
-        self.lane
-            .card
-            .used
-            .fetch_sub(self.bytes as u64, Ordering::Relaxed);
         if let Ok(_entered) = self.lane.card.enter() {
             // SAFETY: allocated by `buffer`, freed once.
             unsafe { (self.lane.card.libraries.driver.free)(self.at, self.lane.stream) };
+        }
+    }
+}
+
+/// Work that was recorded with the addresses it had, and is queued again as one.
+pub struct Graph {
+    lane: Arc<Lane>,
+    replay: Handle,
+    _claim: Claim,
+}
+
+// SAFETY: as for `Lane`.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    pub fn queue(&self) -> Result<()> {
+        let lane = &self.lane;
+        // SAFETY: whoever recorded it keeps what it points to.
+        let done = unsafe { (lane.card.libraries.driver.replay)(self.replay, lane.stream) };
+        lane.check(done, "starting a graph")
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.lane.card.graphs.fetch_sub(1, Ordering::Relaxed);
+        if let Ok(_entered) = self.lane.card.enter() {
+            // SAFETY: made by `record`, destroyed once; the driver waits where it still runs.
+            unsafe { (self.lane.card.libraries.driver.replay_destroy)(self.replay) };
         }
     }
 }

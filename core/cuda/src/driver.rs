@@ -88,6 +88,12 @@ functions! {
         to_host = b"cuMemcpyDtoHAsync_v2\0": fn(*mut c_void, Address, usize, Handle);
         between = b"cuMemcpyDtoDAsync_v2\0": fn(Address, Address, usize, Handle);
         fill = b"cuMemsetD8Async\0": fn(Address, u8, usize, Handle);
+        capture = b"cuStreamBeginCapture_v2\0": fn(Handle, c_int);
+        capture_end = b"cuStreamEndCapture\0": fn(Handle, *mut Handle);
+        graph_destroy = b"cuGraphDestroy\0": fn(Handle);
+        instantiate = b"cuGraphInstantiateWithFlags\0": fn(*mut Handle, Handle, u64);
+        replay = b"cuGraphLaunch\0": fn(Handle, Handle);
+        replay_destroy = b"cuGraphExecDestroy\0": fn(Handle);
         launch = b"cuLaunchKernel\0": fn(Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void);
     }
 }
@@ -98,6 +104,7 @@ functions! {
         create = b"cublasCreate_v2\0": fn(*mut Handle);
         destroy = b"cublasDestroy_v2\0": fn(Handle);
         set_stream = b"cublasSetStream_v2\0": fn(Handle, Handle);
+        workspace = b"cublasSetWorkspace_v2\0": fn(Handle, *mut c_void, usize);
         version = b"cublasGetVersion_v2\0": fn(Handle, *mut c_int);
         product = b"cublasGemmEx\0": fn(Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int, *const c_void, c_int, c_int, *const c_void, *mut c_void, c_int, c_int, c_int, c_int);
     }
@@ -124,6 +131,8 @@ pub const ATTRIBUTE_MINOR: c_int = 76;
 pub const ATTRIBUTE_POOLS: c_int = 115;
 pub const FUNCTION_SHARED_BYTES: c_int = 8;
 pub const POOL_KEEPS: c_int = 4;
+/// Other threads, the host's among them, go on allocating while one captures.
+pub const CAPTURE_THREAD_LOCAL: c_int = 1;
 const ERROR_OUT_OF_MEMORY: c_int = 2;
 
 /// Both libraries, once found. Whoever found them keeps them: a driver is not unloaded under a host that may use it too.

@@ -9,11 +9,11 @@ use crate::card::{launch, Buffer, Format, Mat};
 use crate::driver::{Address, Result};
 use crate::model::{Model, Start};
 use crate::sequence::Fast;
-use crate::step::{offset, Part};
+use crate::step::{offset, Learns, Part};
 use crate::table::Learned;
 
 /// Rows of one run below which its product is made row by row.
-const MIN_PRODUCT: usize = 8;
+pub const MIN_PRODUCT: usize = 8;
 /// Parts of a sum over a matrix.
 const SUM_PARTS: usize = 64;
 
@@ -27,12 +27,12 @@ struct Met {
 }
 
 /// A run of a sequence's tokens within one chunk.
-struct Run {
-    part: usize,
-    rows: Range<usize>,
+pub struct Run {
+    pub part: usize,
+    pub rows: Range<usize>,
     /// Where the first stands in the sequence, and how many rows wait before it.
-    position: usize,
-    waiting: usize,
+    pub position: usize,
+    pub waiting: usize,
 }
 
 /// What a step keeps for its layers that learn.
@@ -42,16 +42,39 @@ pub struct Learning {
     /// Activations (t, f) and what targets are made from (t, d), of the layer at hand.
     seen: Option<(Buffer, Buffer)>,
     /// Rounds of runs: each sequence's first ones, its second ones, ...
-    rounds: Vec<Vec<Run>>,
+    pub rounds: Vec<Vec<Run>>,
     /// Rows that meet the trained weight throughout.
     plain: Vec<Range<usize>>,
     /// What every update left: drift and flag, on the card, and which update it was.
     slots: Option<(Buffer, Buffer, Buffer)>,
     made: Vec<Learned>,
+    /// Chunks that end in this step and are learned from.
+    pub edges: usize,
+}
+
+/// A step's learning with the sequences that learn.
+pub struct Over<'a, 'b, 'c> {
+    learning: &'a mut Learning,
+    parts: &'b mut [Part<'c>],
+}
+
+impl Learns for Over<'_, '_, '_> {
+    fn keep_embeddings(&self, x: &Buffer) -> Result<()> {
+        self.learning.keep_embeddings(x)
+    }
+
+    fn keeps(&self, layer: u32) -> (Address, Address) {
+        self.learning.keeps(layer)
+    }
+
+    fn learn(&mut self, layer: u32, act: Address, x: Address) -> Result<()> {
+        self.learning.learn(layer, self.parts, (act, x))
+    }
 }
 
 impl Learning {
-    pub fn begin(model: &Arc<Model>, parts: &[Part], t: usize) -> Result<Self> {
+    /// What there is to learn, before anything is made for it.
+    pub fn plan(model: &Arc<Model>, parts: &[Part], t: usize) -> Self {
         let c = model.dims.chunk;
         let mut learning = Self {
             model: model.clone(),
@@ -61,9 +84,9 @@ impl Learning {
             plain: Vec::new(),
             slots: None,
             made: Vec::new(),
+            edges: 0,
         };
         let mut row = 0;
-        let mut edges = 0;
         for (i, part) in parts.iter().enumerate() {
             let end = row + part.tokens.len();
             if !part.sequence.learns || part.off {
@@ -89,7 +112,7 @@ impl Learning {
                 let reading = waiting == position % c;
                 position += to - row;
                 let full = position.is_multiple_of(c);
-                edges += usize::from(full && reading);
+                learning.edges += usize::from(full && reading);
                 waiting = match reading && !full {
                     true => waiting + to - row,
                     false => 0,
@@ -97,10 +120,15 @@ impl Learning {
                 row = to;
             }
         }
+        learning
+    }
+
+    pub fn begin(model: &Arc<Model>, parts: &[Part], t: usize) -> Result<Self> {
+        let mut learning = Self::plan(model, parts, t);
         if !learning.rounds.is_empty() {
             let (lane, m) = (&model.lane, &model.dims);
             learning.seen = Some((lane.buffer(t * m.f * 4)?, lane.buffer(t * m.d * 4)?));
-            let slots = edges * model.starts.len();
+            let slots = learning.edges * model.starts.len();
             learning.slots = Some((
                 lane.buffer(slots * 4)?,
                 lane.buffer(slots * 4)?,
@@ -110,8 +138,14 @@ impl Learning {
         Ok(learning)
     }
 
-    /// Keeps the embeddings x (t, d) where targets are made from them.
-    pub fn keep_embeddings(&self, x: &Buffer) -> Result<()> {
+    pub fn over<'a, 'b, 'c>(&'a mut self, parts: &'b mut [Part<'c>]) -> Over<'a, 'b, 'c> {
+        Over {
+            learning: self,
+            parts,
+        }
+    }
+
+    fn keep_embeddings(&self, x: &Buffer) -> Result<()> {
         match &self.seen {
             Some((_, u)) if self.model.dims.embedded_targets => {
                 self.model
@@ -122,8 +156,7 @@ impl Learning {
         }
     }
 
-    /// Where this layer's activations and normed inputs are wanted in `f32`; 0 for not.
-    pub fn keeps(&self, layer: u32) -> (Address, Address) {
+    fn keeps(&self, layer: u32) -> (Address, Address) {
         match &self.seen {
             Some((z, u)) if self.model.starts.contains_key(&layer) => {
                 match self.model.dims.embedded_targets {
@@ -135,8 +168,8 @@ impl Learning {
         }
     }
 
-    /// `x += down(z)`, each sequence by its own weight, and the updates at the edges. `act`: z in the model's format.
-    pub fn learn(
+    /// `x += down(z)`, each sequence by its own weight, and the updates at the edges.
+    fn learn(
         &mut self,
         layer: u32,
         parts: &mut [Part],
@@ -316,16 +349,11 @@ fn absorb(
         update(model, start, fast, (z, u), lr, slots, slot)?;
         return Ok(true);
     }
-    if fast.waiting.is_none() {
-        fast.waiting = Some((lane.buffer(c * m.f * 4)?, lane.buffer(c * m.d * 4)?));
-    }
-    if let Some((zs, us)) = &fast.waiting {
-        let (zs, us) = (zs.at, us.at);
-        lane.copy(offset(zs, run.waiting * m.f, Format::F32), z, n * m.f * 4)?;
-        lane.copy(offset(us, run.waiting * m.d, Format::F32), u, n * m.d * 4)?;
-        if full {
-            update(model, start, fast, (zs, us), lr, slots, slot)?;
-        }
+    let (zs, us) = fast.waits(model)?;
+    lane.copy(offset(zs, run.waiting * m.f, Format::F32), z, n * m.f * 4)?;
+    lane.copy(offset(us, run.waiting * m.d, Format::F32), u, n * m.d * 4)?;
+    if full {
+        update(model, start, fast, (zs, us), lr, slots, slot)?;
     }
     Ok(full)
 }

@@ -2,9 +2,9 @@
 //! through the table in core/src/device/table.rs; nobody else does.
 //!
 //! The rooms, in the order of reading: `driver` finds libcuda and cuBLAS, `card` opens a device, `model` holds weights, `sequence` what
-//! belongs to one sequence, `attention`, `learn` and `step` serve, `train` trains, with `train_learn` for layers that learn while they
-//! read. Each call makes the device's context current and puts back what was; nothing is reset, and memory comes from a pool of our own
-//! under a ceiling.
+//! belongs to one sequence, `attention`, `learn`, `step` and `small` serve, `train` trains, with `train_learn` for layers that learn while
+//! they read. Each call makes the device's context current and puts back what was; nothing is reset, and memory comes from a pool of our
+//! own under a ceiling.
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
@@ -14,6 +14,7 @@ mod driver;
 mod learn;
 mod model;
 mod sequence;
+mod small;
 mod step;
 #[path = "../../src/device/table.rs"]
 mod table;

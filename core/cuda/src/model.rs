@@ -1,14 +1,18 @@
 //! A decoder's weights on the card: matrices in the model's format, norms and what learns in `f32`.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use crate::attention::busy;
 use crate::card::{launch, Buffer, Format, Lane, Mat};
 use crate::driver::{Address, Fault, Result};
+use crate::small::Small;
 use crate::table::{self, Shape, Tensor};
 
 /// Rows up to which a product reads the weights row by row; cuBLAS is made for more.
-const FEW_ROWS: usize = 4;
+pub const FEW_ROWS: usize = 4;
+/// Shared memory that every kernel has on every card.
+const SHARED_BYTES: usize = 48 << 10;
 
 /// A decoder's dimensions, by the shape letters of core/src/model.
 #[derive(Clone, Copy)]
@@ -132,6 +136,9 @@ pub struct Model {
     pub sin: Buffer,
     pub layers: Vec<Layer>,
     pub starts: BTreeMap<u32, Start>,
+    /// How many blocks of a split row have ended, for each; zero between kernels.
+    pub arrived: Buffer,
+    pub small: Mutex<Small>,
 }
 
 impl Model {
@@ -242,6 +249,8 @@ impl Model {
             sin: lane.upload(sin)?,
             layers,
             starts,
+            arrived: lane.upload(&vec![0i32; busy(lane)])?,
+            small: Mutex::default(),
             lane: lane.clone(),
         };
         lane.wait()?;
@@ -343,6 +352,53 @@ impl Model {
         let kernel = self.lane.kernel(name, Some(self.dims.format));
         launch!(self.lane, kernel, (out.div_ceil(4), 1, 1), 128, 0;
             x, w, y, sums, i32::from(add), t as i32, width as i32, out as i32)
+    }
+
+    /// Bytes of t normed rows in shared memory, where a kernel makes them for itself.
+    fn normed_bytes(&self, t: usize) -> Option<usize> {
+        let bytes = t * self.dims.d * self.dims.format.bytes();
+        // As much again is left for what kernels have of their own.
+        (t <= FEW_ROWS && bytes <= SHARED_BYTES / 2).then_some(bytes)
+    }
+
+    /// y (t, out) = the norm of x, times wᵀ; `normed` (t, d) is a place for it.
+    pub fn normed_linear(
+        &self,
+        (x, norm): (Address, &Buffer),
+        w: Address,
+        (normed, y): (Address, Address),
+        t: usize,
+        out: usize,
+    ) -> Result<()> {
+        let m = &self.dims;
+        let Some(bytes) = self.normed_bytes(t) else {
+            self.norm(x, norm, 0, normed, 0, t)?;
+            return self.linear(normed, w, y, t, (m.d, out));
+        };
+        let name = if t == 1 { "normed_one" } else { "normed_four" };
+        launch!(self.lane, self.lane.kernel(name, Some(m.format)), (out.div_ceil(4), 1, 1), 128, bytes;
+            x, norm.at, w, y, t as i32, m.d as i32, out as i32, m.eps)
+    }
+
+    /// act (t, f) = silu(gate) · up of [gate | up] = the norm of x, times wᵀ; `normed` (t, d) and `gate_up` (t, 2f) are places for them.
+    /// `u` and `z`, unless 0, get norm and act in `f32`.
+    pub fn gated(
+        &self,
+        (x, norm): (Address, &Buffer),
+        w: Address,
+        (normed, gate_up, act): (Address, Address, Address),
+        (u, z): (Address, Address),
+        t: usize,
+    ) -> Result<()> {
+        let m = &self.dims;
+        let Some(bytes) = self.normed_bytes(t) else {
+            self.norm(x, norm, 0, normed, u, t)?;
+            self.linear(normed, w, gate_up, t, (m.d, 2 * m.f))?;
+            return self.swiglu(gate_up, act, z, t);
+        };
+        let name = if t == 1 { "gated_one" } else { "gated_four" };
+        launch!(self.lane, self.lane.kernel(name, Some(m.format)), (m.f.div_ceil(4), 1, 1), 128, bytes;
+            x, norm.at, w, act, u, z, t as i32, m.d as i32, m.f as i32, m.eps)
     }
 
     /// x (t, d) = the embeddings of `ids`.

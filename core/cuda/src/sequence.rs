@@ -22,6 +22,23 @@ pub struct Fast {
     pub drift: f32,
 }
 
+impl Fast {
+    /// Where a chunk's z (c, f) and u (c, d) wait for its edge.
+    pub fn waits(&mut self, model: &Model) -> Result<(Address, Address)> {
+        let (m, lane) = (&model.dims, &model.lane);
+        let (z, u) = match self.waiting.take() {
+            Some(both) => both,
+            None => (
+                lane.buffer(m.chunk * m.f * 4)?,
+                lane.buffer(m.chunk * m.d * 4)?,
+            ),
+        };
+        let at = (z.at, u.at);
+        self.waiting = Some((z, u));
+        Ok(at)
+    }
+}
+
 pub struct Sequence {
     pub model: Arc<Model>,
     /// For each layer keys and values (capacity, g, e).

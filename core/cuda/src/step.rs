@@ -21,6 +21,46 @@ pub struct Part<'a> {
     pub lr: f32,
 }
 
+/// What a pass through the blocks is made in, for so many rows.
+pub struct Work {
+    t: usize,
+    pub x: Buffer,
+    normed: Buffer,
+    qkv: Buffer,
+    q: Buffer,
+    mixed: Buffer,
+    gate_up: Buffer,
+    act: Buffer,
+}
+
+impl Work {
+    pub fn new(model: &Model, t: usize) -> Result<Self> {
+        let m = &model.dims;
+        let buffer = |width: usize, size: usize| model.lane.buffer(t * width * size);
+        let size = m.format.bytes();
+        Ok(Self {
+            t,
+            x: buffer(m.d, 4)?,
+            normed: buffer(m.d, size)?,
+            qkv: buffer(m.qkv(), size)?,
+            q: buffer(m.qd(), size)?,
+            mixed: buffer(m.qd(), size)?,
+            gate_up: buffer(2 * m.f, size)?,
+            act: buffer(m.f, size)?,
+        })
+    }
+}
+
+/// What a pass does at the layers that learn.
+pub trait Learns {
+    /// Keeps the embeddings x (t, d) where targets are made from them.
+    fn keep_embeddings(&self, x: &Buffer) -> Result<()>;
+    /// Where this layer's activations and normed inputs are wanted in `f32`; 0 for not. With a 0 for the first it is a plain layer.
+    fn keeps(&self, layer: u32) -> (Address, Address);
+    /// `x += down(z)`, each row by the weight that it meets. `act`: z in the model's format.
+    fn learn(&mut self, layer: u32, act: Address, x: Address) -> Result<()>;
+}
+
 impl Model {
     /// Reads the tokens; `logits` gets those of `wanted` rows (n, v). After an error the sequences are not to be used.
     pub fn step(
@@ -53,39 +93,40 @@ impl Model {
         if wanted.iter().any(|row| *row as usize >= t) || logits.len() != wanted.len() * m.v {
             return Err(Fault::refused("logits of rows that are not there"));
         }
+        if self.small_step(parts, (&ids, &spans), wanted, logits)? {
+            return Ok(Vec::new());
+        }
         let rows = Rows::new(lane, (m.format, m.e), &ids, &spans)?;
         let mut learning = Learning::begin(self, parts, t)?;
-        let size = m.format.bytes();
-        let buffer = |width: usize, size: usize| lane.buffer(t * width * size);
-        let x = buffer(m.d, 4)?;
-        let (normed, qkv, q, mixed) = (
-            buffer(m.d, size)?,
-            buffer(m.qkv(), size)?,
-            buffer(m.qd(), size)?,
-            buffer(m.qd(), size)?,
-        );
-        let (gate_up, act) = (buffer(2 * m.f, size)?, buffer(m.f, size)?);
-        self.embed_rows(rows.ids.at, x.at, t)?;
-        learning.keep_embeddings(&x)?;
-        for (layer, block) in self.layers.iter().enumerate() {
-            self.norm(x.at, &block.input_norm, 0, normed.at, 0, t)?;
-            self.linear(normed.at, block.qkv.at, qkv.at, t, (m.d, m.qkv()))?;
-            self.rope(block, &rows, layer, qkv.at, q.at)?;
-            self.attend(&rows, layer, q.at, mixed.at, 0)?;
-            self.linear_f32(mixed.at, block.o.at, x.at, true, t, (m.qd(), m.d))?;
-            let (z, u) = learning.keeps(layer as u32);
-            self.norm(x.at, &block.post_norm, 0, normed.at, u, t)?;
-            self.linear(normed.at, block.gate_up.at, gate_up.at, t, (m.d, 2 * m.f))?;
-            self.swiglu(gate_up.at, act.at, z, t)?;
-            match z {
-                0 => self.linear_f32(act.at, block.down.at, x.at, true, t, (m.f, m.d))?,
-                _ => learning.learn(layer as u32, parts, (act.at, x.at))?,
-            }
-        }
-        self.logits(&x, wanted, logits)?;
+        let work = Work::new(self, t)?;
+        self.pass(&rows, &work, &mut learning.over(parts))?;
+        self.logits(&work.x, wanted, logits)?;
         let learned = learning.end(parts)?;
         lane.wait()?;
         Ok(learned)
+    }
+
+    /// All rows through all blocks: what comes out is `work.x`.
+    pub fn pass(&self, rows: &Rows, work: &Work, learns: &mut impl Learns) -> Result<()> {
+        let (m, t) = (&self.dims, work.t);
+        let (x, normed, act) = (work.x.at, work.normed.at, work.act.at);
+        self.embed_rows(rows.ids.at, x, t)?;
+        learns.keep_embeddings(&work.x)?;
+        for (layer, block) in self.layers.iter().enumerate() {
+            let made = (normed, work.qkv.at);
+            self.normed_linear((x, &block.input_norm), block.qkv.at, made, t, m.qkv())?;
+            self.rope(block, rows, layer, work.qkv.at, work.q.at)?;
+            self.attend(rows, layer, work.q.at, work.mixed.at, 0)?;
+            self.linear_f32(work.mixed.at, block.o.at, x, true, t, (m.qd(), m.d))?;
+            let (z, u) = learns.keeps(layer as u32);
+            let made = (normed, work.gate_up.at, act);
+            self.gated((x, &block.post_norm), block.gate_up.at, made, (u, z), t)?;
+            match z {
+                0 => self.linear_f32(act, block.down.at, x, true, t, (m.f, m.d))?,
+                _ => learns.learn(layer as u32, act, x)?,
+            }
+        }
+        Ok(())
     }
 
     fn logits(&self, x: &Buffer, wanted: &[u32], logits: &mut [f32]) -> Result<()> {

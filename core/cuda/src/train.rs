@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::attention::{by_width, Rows, Span};
+use crate::attention::{Rows, Span};
 use crate::card::{launch, or_null, Buffer, Format, Lane, Mat};
 use crate::driver::{Address, Fault, Result};
 use crate::model::{convert, Dims, Model};
@@ -638,20 +638,9 @@ impl Training {
         launch!(lane, lane.kernel("head_dots", own), (t, m.h.div_ceil(4), 1), 128, 0;
             tape.mixed.at, dmixed.at, dots.at, m.h as i32, m.e as i32)?;
         let (dq, dk, dv) = (buffer(m.qd(), 4)?, buffer(m.kd(), 4)?, buffer(m.kd(), 4)?);
-        let name = by_width(
-            m.e,
-            ["attend_dq1", "attend_dq2", "attend_dq4", "attend_dq8"],
-        );
-        launch!(lane, lane.kernel(name, own), (t, m.h, 1), 128, 0;
-            tape.q.at, dmixed.at, tape.lse.at, dots.at, rows.span_of.at, tape.spans.at, dq.at,
-            m.h as i32, m.g as i32, m.e as i32, m.scale())?;
-        let name = by_width(
-            m.e,
-            ["attend_dkv1", "attend_dkv2", "attend_dkv4", "attend_dkv8"],
-        );
-        launch!(lane, lane.kernel(name, own), (t, m.g, 1), 128, 0;
-            tape.q.at, dmixed.at, tape.lse.at, dots.at, rows.span_of.at, tape.spans.at, dk.at, dv.at,
-            m.h as i32, m.g as i32, m.e as i32, m.scale())?;
+        let given = (tape.q.at, dmixed.at, tape.lse.at, dots.at);
+        let wanted = (dq.at, dk.at, dv.at);
+        self.model.attend_back(rows, &tape.spans, given, wanted)?;
         let dqkv = buffer(m.qkv(), size)?;
         let norms = [table::Q_NORM, table::K_NORM].map(|which| self.grad(layer, which));
         let terms = match norms {

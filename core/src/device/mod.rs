@@ -75,6 +75,9 @@ pub struct CardInfo {
     pub limit_bytes: u64,
     pub used_bytes: u64,
     pub peak_bytes: u64,
+    /// Graphs that small steps of serving are replayed from, and why none are made; empty where nothing speaks against them.
+    pub graphs: u32,
+    pub single: String,
 }
 
 /// An open card. Models, sequences and trainings on it keep it open.
@@ -120,11 +123,14 @@ impl Card {
         let mut info: Info = unsafe { std::mem::zeroed() };
         // SAFETY: as in `open`; the engine is open.
         let done = called(|trouble| unsafe { (self.table.info)(self.engine, &mut info, trouble) });
-        let end = info.name.iter().position(|b| *b == 0).unwrap_or(0);
+        let text = |bytes: &[u8]| {
+            let end = bytes.iter().position(|b| *b == 0).unwrap_or(0);
+            String::from_utf8_lossy(&bytes[..end]).into_owned()
+        };
         match done {
             Err(_) => CardInfo::default(),
             Ok(()) => CardInfo {
-                name: String::from_utf8_lossy(&info.name[..end]).into_owned(),
+                name: text(&info.name),
                 capability: (info.major, info.minor),
                 driver: info.driver,
                 blas: info.blas,
@@ -133,6 +139,8 @@ impl Card {
                 limit_bytes: info.limit_bytes,
                 used_bytes: info.used_bytes,
                 peak_bytes: info.peak_bytes,
+                graphs: info.graphs,
+                single: text(&info.single),
             },
         }
     }
@@ -240,7 +248,10 @@ impl Device {
         match &*self.state() {
             State::NotAsked if self.options.off => "processor".into(),
             State::NotAsked => "not asked for yet".into(),
-            State::Open(_, words) => words.clone(),
+            State::Open(card, words) => match card.info().single {
+                why if why.is_empty() => words.clone(),
+                why => format!("{words}; steps are queued kernel by kernel: {why}"),
+            },
             State::Closed(why) => format!("processor: {why}"),
         }
     }

@@ -77,13 +77,16 @@ pub struct Info {
     pub driver: u32,
     pub blas: u32,
     pub multiprocessors: u32,
-    pub reserved: u32,
+    /// Graphs that steps are replayed from.
+    pub graphs: u32,
     pub memory_bytes: u64,
     pub free_bytes: u64,
     /// Of ours: the limit, what is used, and the most that was.
     pub limit_bytes: u64,
     pub used_bytes: u64,
     pub peak_bytes: u64,
+    /// Why steps are queued kernel by kernel; UTF-8, ended by a zero, empty where they are not.
+    pub single: [u8; 256],
 }
 
 /// A decoder's dimensions, named as in Hugging Face configs.
@@ -199,7 +202,7 @@ pub struct Rate {
 }
 
 /// Calls may come from any thread; those on one engine, model, sequence or training are not made at once, but a training runs beside
-/// serving. Pointers are read and written during the call only. What `open`, `model_load`, `sequence_new`, `sequence_copy` and
+/// serving, and `info` may be asked at any time. Pointers are read and written during the call only. What `open`, `model_load`, `sequence_new`, `sequence_copy` and
 /// `train_open` hand out is freed by the function named beside; models, sequences and trainings keep what they were made from alive.
 #[repr(C)]
 pub struct Table {

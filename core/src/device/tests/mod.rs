@@ -3,11 +3,13 @@
 
 mod engine;
 mod faults;
+mod graph;
 mod label;
 mod object;
 mod parity;
 mod speed;
 mod stand_in;
+mod tiles;
 mod training;
 
 use std::path::{Path, PathBuf};
@@ -69,8 +71,17 @@ fn learner(name: &str) -> Model {
 
 /// A decoder with heads of a width that attention in tiles knows, and room for long sequences.
 fn wide(head_dim: usize) -> Model {
+    random(64, 2, head_dim)
+}
+
+/// A decoder of many small blocks.
+fn layered(layers: usize) -> Model {
+    random(32, layers, 16)
+}
+
+fn random(hidden_size: usize, layers: usize, head_dim: usize) -> Model {
     let raw = serde_json::json!({
-        "model_type": "llama", "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "model_type": "llama", "vocab_size": 160, "hidden_size": hidden_size, "intermediate_size": 96, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim, "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
     });

@@ -1,7 +1,7 @@
 //! Serving: logits, greedy text, sequences that are copied and cut, layers that learn.
 
 use super::super::{Card, CardModel, CardSequence};
-use super::{assert_close, card, fixtures, learner, reference, tokens, wide};
+use super::{apart, assert_close, card, fixtures, learner, reference, tokens, wide};
 use crate::kernels::Pool;
 use crate::model::{Model, Sequence, WeightFormat};
 use std::sync::Arc;
@@ -146,6 +146,51 @@ fn sequences_of_a_batch_do_not_see_each_other() {
             };
             assert_close(&format!("{name}, sequence {i}"), &alone[i], &got, EXACT);
         }
+    }
+}
+
+#[test]
+fn tokens_one_by_one_in_batches_are_those_of_the_processor() {
+    let Some(card) = card() else { return };
+    let pool = Pool::new(1, 0);
+    for (format, tolerance) in [(None, EXACT), (Some(WeightFormat::Bf16), BF16)] {
+        let model = match format {
+            Some(format) => reference("qwen3").packed(format),
+            None => reference("qwen3"),
+        };
+        let on = card.load(&model).unwrap();
+        let texts: Vec<Vec<u32>> = (0..9).map(|i| tokens(&model, 30, 70 + i)).collect();
+        let mut hosts: Vec<Sequence> = texts
+            .iter()
+            .map(|_| Sequence::new(&model.config, 4))
+            .collect();
+        let mut devices: Vec<CardSequence> = texts
+            .iter()
+            .map(|_| on.sequence(4, false).unwrap())
+            .collect();
+        let mut worst = 0f32;
+        // Places for 1, 2, 4, 8 and 16 rows, each met often enough to be replayed.
+        for n in [1, 2, 3, 5, 9].into_iter().flat_map(|n| [n; 4]) {
+            let rows: Vec<usize> = (0..n).collect();
+            let new: Vec<[u32; 1]> = (0..n).map(|i| [texts[i][hosts[i].ids.len()]]).collect();
+            let mut host: Vec<(&mut Sequence, &[u32])> = hosts
+                .iter_mut()
+                .zip(&new)
+                .map(|(s, new)| (s, &new[..]))
+                .collect();
+            let hidden = model.step(&pool, &mut host).unwrap();
+            let want = model.logits(&pool, &hidden, &rows);
+            let mut device: Vec<(&mut CardSequence, &[u32])> = devices
+                .iter_mut()
+                .zip(&new)
+                .map(|(s, new)| (s, &new[..]))
+                .collect();
+            worst = worst.max(apart(&want, &on.step(&mut device, &rows).unwrap()));
+        }
+        let info = card.info();
+        println!("{worst:.2e} apart, {} graphs", info.graphs);
+        assert!(worst <= tolerance, "{worst:e} apart");
+        assert!(info.graphs >= 5, "{}", info.single);
     }
 }
 

@@ -99,7 +99,7 @@ fn must_pass(filter: &str, least: usize) {
 
 #[test]
 fn serving_on_the_stand_in_is_serving_on_the_processor() {
-    must_pass("device::tests::parity::", 9);
+    must_pass("device::tests::parity::", 10);
 }
 
 #[test]
