@@ -718,3 +718,57 @@ pub fn episode_info(episode: &Episode, outcome: Option<&Outcome>, masked: &[bool
             .sum(),
     }
 }
+
+#[cfg(test)]
+pub mod fixtures {
+    use super::*;
+
+    /// Whoever is offered answers, every episode teaches, and fast weights are left as they are.
+    #[derive(Default)]
+    pub struct Eager {
+        pub view: View,
+    }
+
+    impl Policy for Eager {
+        fn id(&self) -> PolicyId {
+            TeacherFirst.id()
+        }
+        fn view(&self) -> View {
+            self.view.clone()
+        }
+        fn decide(&self, _: &StepInfo) -> Choice {
+            Choice::student("it is tried")
+        }
+        fn accept(&self, _: &ReplyInfo) -> Choice {
+            Choice::student("kept")
+        }
+        fn allow_tool(&self, _: &ToolInfo) -> Allow {
+            Allow::Yes
+        }
+        fn redact(&self, step: &RedactInfo) -> Result<Option<String>, HookFailed> {
+            TeacherFirst.redact(step)
+        }
+        fn label(&self, episode: &EpisodeInfo) -> Option<LabelVerdict> {
+            TeacherFirst.label(episode)
+        }
+        fn curate(&self, _: &EpisodeInfo) -> CurateVerdict {
+            CurateVerdict {
+                use_it: true,
+                weight: 1.0,
+                reason: "it went well".into(),
+            }
+        }
+        fn schedule(&self, world: &WorldInfo) -> ScheduleVerdict {
+            TeacherFirst.schedule(world)
+        }
+        fn recipe(&self, dataset: &DatasetInfo) -> Option<RecipeKnobs> {
+            TeacherFirst.recipe(dataset)
+        }
+        fn gate(&self, report: &GateInfo) -> GateVote {
+            TeacherFirst.gate(report)
+        }
+        fn rollback(&self, live: &LiveInfo) -> Option<(bool, String)> {
+            TeacherFirst.rollback(live)
+        }
+    }
+}

@@ -23,6 +23,7 @@ use crate::gate::{Arm, CanaryTest, LiveOutcome};
 use crate::generate::Student;
 use crate::limits;
 use crate::model::{write_tiny, KvCache, Model, Sequence};
+use crate::policy::fixtures::Eager;
 use crate::policy::{
     Allow, Choice, CurateVerdict, DatasetInfo, EpisodeInfo, GateInfo, GateSettings, GateVote,
     HookFailed, LabelVerdict, LiveInfo, Policy, PolicyId, RecipeKnobs, RedactInfo, ReplyInfo,
@@ -511,55 +512,12 @@ fn learning_host(lr: f32) -> (World, Locum) {
         store_dir: world.store.clone(),
         no_learning: true,
         threads: 1,
-        policy: Some(Arc::new(Eager)),
+        policy: Some(Arc::new(Eager::default())),
         ..Options::default()
     });
     let locum = locum.unwrap();
     locum.use_student(Pin::Student(saved.version)).unwrap();
     (world, locum)
-}
-
-/// Takes whatever the student says, and says nothing of its fast weights.
-struct Eager;
-
-impl Policy for Eager {
-    fn id(&self) -> PolicyId {
-        TeacherFirst.id()
-    }
-    fn decide(&self, _: &StepInfo) -> Choice {
-        Choice::student("it is tried")
-    }
-    fn accept(&self, _: &ReplyInfo) -> Choice {
-        Choice::student("kept")
-    }
-    fn allow_tool(&self, _: &ToolInfo) -> Allow {
-        Allow::Yes
-    }
-    fn redact(&self, step: &RedactInfo) -> Result<Option<String>, HookFailed> {
-        TeacherFirst.redact(step)
-    }
-    fn label(&self, episode: &EpisodeInfo) -> Option<LabelVerdict> {
-        TeacherFirst.label(episode)
-    }
-    fn curate(&self, _: &EpisodeInfo) -> CurateVerdict {
-        CurateVerdict {
-            use_it: true,
-            weight: 1.0,
-            reason: "it went well".into(),
-        }
-    }
-    fn schedule(&self, world: &WorldInfo) -> ScheduleVerdict {
-        TeacherFirst.schedule(world)
-    }
-    fn recipe(&self, dataset: &DatasetInfo) -> Option<RecipeKnobs> {
-        TeacherFirst.recipe(dataset)
-    }
-    fn gate(&self, report: &GateInfo) -> GateVote {
-        TeacherFirst.gate(report)
-    }
-    fn rollback(&self, live: &LiveInfo) -> Option<(bool, String)> {
-        TeacherFirst.rollback(live)
-    }
 }
 
 /// One answer to a long question with one tool.

@@ -46,7 +46,8 @@ def brief(text: str) -> str:
 def episode(env: Any, task: str, variation: int) -> list[tuple[str, str]] | None:
     """What was seen and then done, step by step, by the simulator's own solution; None if that fails or is too long."""
     env.load(task, variation, "easy", generateGoldPath=True)
-    seen, _ = env.reset()
+    # As after `reset()`, which would work out the solution once more.
+    seen, *_ = env.step("look around")
     seen = f"{env.get_task_description()}\n{brief(seen)}"
     solution, steps, score = env.get_gold_action_sequence(), [], 0
     if len(solution) > LONGEST:
@@ -105,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         p.error("`pip install scienceworld` (it needs Java 17)")
     done = written(options.file)
     env, kept, steps = ScienceWorldEnv("", None, envStepLimit=LONGEST + 1), len(done), 0
+    # Each step would list every command that is possible there, which takes nearly all of an episode's time and is not looked at.
+    env.get_valid_action_object_combinations = lambda: []
     with options.file.open("a") as file:
         for task, variation in order(env, options.tasks):
             if kept >= options.episodes:

@@ -20,11 +20,7 @@ use crate::locum::{
     DistilOptions, EpisodeHandle, EpisodeStart, JobState, Locum, Options, Pin, Request, StepMeta,
 };
 use crate::model::{write_tiny, FileDtype};
-use crate::policy::{
-    Allow, Choice, CurateVerdict, DatasetInfo, EpisodeInfo, GateInfo, GateVote, HookFailed,
-    LabelVerdict, LiveInfo, Policy, PolicyId, RecipeKnobs, RedactInfo, ReplyInfo, ScheduleVerdict,
-    StepInfo, TeacherFirst, ToolInfo, WorldInfo,
-};
+use crate::policy::{fixtures::Eager, RecipeKnobs};
 use crate::registry::import_base;
 use crate::view::{Older, ToolsShown, View};
 
@@ -36,55 +32,16 @@ const ACTIONS: [&str; 7] = [
 ];
 
 /// The demo's policy, as far as it decides what is computed.
-struct Demo;
-
-impl Policy for Demo {
-    fn id(&self) -> PolicyId {
-        TeacherFirst.id()
-    }
-    fn view(&self) -> View {
-        View {
+fn demo() -> Eager {
+    Eager {
+        view: View {
             tools: ToolsShown::None,
             steps_back: 3,
             older: Older::Values,
             full_steps: 0,
             max_tokens: 256,
             ..View::default()
-        }
-    }
-    fn decide(&self, _: &StepInfo) -> Choice {
-        Choice::student("it is measured")
-    }
-    fn accept(&self, _: &ReplyInfo) -> Choice {
-        Choice::student("it is measured")
-    }
-    fn allow_tool(&self, _: &ToolInfo) -> Allow {
-        Allow::Yes
-    }
-    fn redact(&self, step: &RedactInfo) -> Result<Option<String>, HookFailed> {
-        TeacherFirst.redact(step)
-    }
-    fn label(&self, episode: &EpisodeInfo) -> Option<LabelVerdict> {
-        TeacherFirst.label(episode)
-    }
-    fn curate(&self, _: &EpisodeInfo) -> CurateVerdict {
-        CurateVerdict {
-            use_it: true,
-            weight: 1.0,
-            reason: "a teacher's success".into(),
-        }
-    }
-    fn schedule(&self, world: &WorldInfo) -> ScheduleVerdict {
-        TeacherFirst.schedule(world)
-    }
-    fn recipe(&self, dataset: &DatasetInfo) -> Option<RecipeKnobs> {
-        TeacherFirst.recipe(dataset)
-    }
-    fn gate(&self, report: &GateInfo) -> GateVote {
-        TeacherFirst.gate(report)
-    }
-    fn rollback(&self, live: &LiveInfo) -> Option<(bool, String)> {
-        TeacherFirst.rollback(live)
+        },
     }
 }
 
@@ -190,7 +147,7 @@ fn measure(size: &Size) {
     base(size).save(&from, FileDtype::Bf16).unwrap();
     let options = || Options {
         store_dir: store.clone(),
-        policy: Some(Arc::new(Demo)),
+        policy: Some(Arc::new(demo())),
         device: DeviceOptions {
             library: std::env::var_os(OBJECT).map(Into::into),
             ..DeviceOptions::default()

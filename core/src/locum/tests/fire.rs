@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::life::promote;
-use super::{load, Eager, World};
+use super::{load, World};
 use crate::episode::{Actor, Outcome, Status};
 use crate::generate::Student;
 use crate::locum::jobs::JobRecord;
@@ -17,6 +17,7 @@ use crate::locum::{
     AnswerError, EpisodeStart, Error, JobStatus, Locum, Options, Request, StepMeta,
 };
 use crate::model::write_tiny;
+use crate::policy::fixtures::Eager;
 use crate::policy::Who;
 use crate::registry::Manifest;
 
@@ -80,7 +81,7 @@ fn host() -> (World, Locum) {
         store_dir: world.store.clone(),
         no_learning: true,
         threads: 2,
-        policy: Some(Arc::new(Eager)),
+        policy: Some(Arc::new(Eager::default())),
         ..Options::default()
     })
     .unwrap();

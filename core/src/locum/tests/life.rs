@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 
-use super::{Eager, World};
+use super::World;
 use crate::episode::{Actor, Episode, Outcome, Status, Task};
 use crate::files::faults::{self, Act};
 use crate::gate::{GateDecision, Verdict};
@@ -17,6 +17,7 @@ use crate::locum::trial::TrialRecord;
 use crate::locum::{
     check_store, now_ms, DistilOptions, EpisodeStart, Error, JobState, Locum, Options, StepMeta,
 };
+use crate::policy::fixtures::Eager;
 use crate::policy::RecipeKnobs;
 use crate::registry::Registry;
 use crate::store::{Store, StoreOptions};
@@ -172,7 +173,7 @@ pub fn copy(from: &Path, to: &Path) {
 pub fn open(store: &Path) -> Result<Locum, Error> {
     Locum::open(Options {
         store_dir: store.into(),
-        policy: Some(Arc::new(Eager)),
+        policy: Some(Arc::new(Eager::default())),
         threads: 1,
         train_threads: 1,
         ..Options::default()
