@@ -214,6 +214,8 @@
 ---@field ttt_lr? number step size of the updates while reading
 ---@field ttt_rate? number learning rate of their filters and projections
 ---@field ttt_from? number share of the training before they begin to learn
+---@field ttt_decay? number share that a chunk's end keeps of what was written so far
+---@field ttt_delta? number strength of a delta rule, in place of a decay
 
 ---How the student sees an episode.
 ---@class locum.View

@@ -440,6 +440,10 @@ pub struct RecipeKnobs {
     pub ttt_rate: Option<f64>,
     /// Share of the training before these layers begin to learn.
     pub ttt_from: Option<f64>,
+    /// What an edge keeps of all that was written up to it, 0 to 1; see [`Forgetting`](crate::ttt::Forgetting).
+    pub ttt_decay: Option<f64>,
+    /// Strength of a delta rule, in place of a decay.
+    pub ttt_delta: Option<f64>,
 }
 
 /// Argument of `gate`.

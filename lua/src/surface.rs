@@ -403,6 +403,16 @@ pub const RECORDS: &[Record] = &[
                 "number?",
                 "share of the training before they begin to learn",
             ),
+            (
+                "ttt_decay",
+                "number?",
+                "share that a chunk's end keeps of what was written so far",
+            ),
+            (
+                "ttt_delta",
+                "number?",
+                "strength of a delta rule, in place of a decay",
+            ),
         ],
     },
     Record {

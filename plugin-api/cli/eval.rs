@@ -7,6 +7,7 @@ use clap::Subcommand;
 use locum_core::evaluate::ttt::Comparison;
 use locum_core::locum::TttOptions;
 use locum_core::report::{drift_svg, gain_markdown, gain_svg, reach, signed};
+use locum_core::ttt::Forgetting;
 
 use crate::bench::Weights;
 use crate::fail::Fail;
@@ -36,6 +37,12 @@ pub struct Ttt {
     /// Read also with the student's step size times each of these
     #[arg(long, value_delimiter = ',', value_name = "FACTORS")]
     scales: Vec<f32>,
+    /// Read also with the updates decayed to each of these shares at every edge
+    #[arg(long, value_delimiter = ',', value_name = "SHARES")]
+    decay: Vec<f32>,
+    /// Read also under a delta rule of each of these strengths
+    #[arg(long, value_delimiter = ',', value_name = "STRENGTHS")]
+    delta: Vec<f32>,
     /// Held-out episodes at most; 0 takes all
     #[arg(long, default_value_t = 0, value_name = "N")]
     episodes: usize,
@@ -104,6 +111,13 @@ fn compare(args: &Ttt, place: &Place, out: &Out) -> Result<Comparison, Fail> {
         plain: args.plain,
         control: args.control,
         scales: args.scales.clone(),
+        forgets: (args.decay.iter().map(|kept| Forgetting::Decay(*kept)))
+            .chain(
+                args.delta
+                    .iter()
+                    .map(|strength| Forgetting::Delta(*strength)),
+            )
+            .collect(),
         episodes: args.episodes,
         windows: args.windows.iter().map(|w| w.0).collect(),
         ..TttOptions::default()

@@ -499,6 +499,7 @@ LOCUM_API int32_t locum_policy_load(locum handle, const char *source, size_t sou
  *      "ttt_every":6, "ttt_chunk":256, "ttt_lr":0.3,  every which layer, tokens of a chunk, step size
  *      "ttt_rate":..,                 learning rate of their filters and projections
  *      "ttt_from":0,                  share of the training before they begin to learn
+ *      "ttt_decay":.., "ttt_delta":.., one of two ways to forget (docs/ttt.md); neither: all is kept
  *      "unfiltered":false,            true trains on everything, for comparison
  *      "continue_student":false,      true starts from the promoted student instead of the base
  *      "promote":"auto|never"}        never: the student is stored, and no gate and no trial follows

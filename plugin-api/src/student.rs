@@ -259,7 +259,7 @@ mod tests {
         let all = json!({
             "method": "lora", "tokens": 4000, "max_seconds": 30.0, "epochs": 1.5, "lr": 1e-3, "rank": 4, "alpha": 8.0,
             "upper_layers": 2, "batch_tokens": 512, "warmup_steps": 3, "weight_decay": 0.0, "patience": 2, "seed": 1,
-            "compute": "f32", "memory_mib": 2048, "ttt": "published", "ttt_every": 6, "ttt_chunk": 256, "ttt_lr": 0.3, "ttt_rate": 3e-4, "ttt_from": 0.5,
+            "compute": "f32", "memory_mib": 2048, "ttt": "published", "ttt_every": 6, "ttt_chunk": 256, "ttt_lr": 0.3, "ttt_rate": 3e-4, "ttt_from": 0.5, "ttt_decay": 0.9,
             "unfiltered": true, "continue_student": true, "promote": "never"
         });
         let options = distil_options(all).unwrap();

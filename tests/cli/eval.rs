@@ -73,6 +73,10 @@ fn updates_are_compared_on_held_out_episodes_and_the_student_is_served_by_the_ve
         "1",
         "--control",
         "0.01",
+        "--decay",
+        "0.5,0.9",
+        "--delta",
+        "1",
         "--episodes",
         "6",
         "--windows",
@@ -92,11 +96,14 @@ fn updates_are_compared_on_held_out_episodes_and_the_student_is_served_by_the_ve
             "updates on",
             "updates off",
             "base",
+            "updates with a decay of 0.5",
+            "updates with a decay of 0.9",
+            "updates with a delta rule of 1",
             "trained without",
             "dynamic evaluation"
         ]
     );
-    assert_eq!(windows[0]["gains"].as_array().unwrap().len(), 4);
+    assert_eq!(windows[0]["gains"].as_array().unwrap().len(), 7);
     for name in ["ttt.json", "ttt.md", "ttt.svg", "drift.svg"] {
         assert!(!text(&out.join(name)).is_empty(), "{name}");
     }
@@ -106,6 +113,11 @@ fn updates_are_compared_on_held_out_episodes_and_the_student_is_served_by_the_ve
     let file = out.join("ttt.json");
     let again = world.json(&["eval", "ttt", "--from", file.to_str().unwrap()]);
     assert_eq!(again, compared);
+    refused(
+        &world,
+        &["eval", "ttt", "--decay", "1.5"],
+        "ttt_decay is 1.5",
+    );
     let none = world.path("none.json");
     refused(
         &world,

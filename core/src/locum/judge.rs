@@ -12,7 +12,7 @@ use crate::generate::Student;
 use crate::kernels::Pool;
 use crate::model::Model;
 use crate::store::Query;
-use crate::ttt::TttConfig;
+use crate::ttt::{Forgetting, TttConfig};
 
 /// Niceness of the reading threads.
 const NICE: i32 = 5;
@@ -26,6 +26,8 @@ pub struct TttOptions {
     pub plain: Option<u64>,
     /// The student's own steps times these factors are readers too.
     pub scales: Vec<f32>,
+    /// Rules that the student is read with as well as its own.
+    pub forgets: Vec<Forgetting>,
     /// Step size of a control: the second student, or the base where there is none, under chunk-wise dynamic evaluation.
     pub control: Option<f32>,
     /// Held-out episodes at most; all of them if 0.
@@ -51,7 +53,7 @@ impl Locum {
     /// actions. `go_on` is told episodes done and in all before each; when it says no, what was read by then is compared.
     ///
     /// # Errors
-    /// A sentence: a step size or factor that is no number, no student, one without TTT layers, no held-out episode, all of them too short for a chunk.
+    /// A sentence: a step size or factor that is no number, a rule that is not possible, no student, one without TTT layers, no held-out episode, all of them too short for a chunk.
     pub fn eval_ttt(
         &self,
         options: &TttOptions,
@@ -93,7 +95,20 @@ impl Locum {
             }
             (format!("updates at {factor} of the step"), model)
         });
-        let scaled: Vec<(String, Model)> = scaled.collect();
+        let mut scaled: Vec<(String, Model)> = scaled.collect();
+        for forgets in &options.forgets {
+            let mut model = Model::clone(&student.model);
+            if let Some(ttt) = &mut model.config.ttt {
+                ttt.forgets = *forgets;
+                ttt.check().map_err(|e| Error::Argument(e.to_string()))?;
+            }
+            let name = match forgets {
+                Forgetting::Nothing => "updates that forget nothing".into(),
+                Forgetting::Decay(kept) => format!("updates with a decay of {kept}"),
+                Forgetting::Delta(strength) => format!("updates with a delta rule of {strength}"),
+            };
+            scaled.push((name, model));
+        }
         let mut variants: Variants = vec![
             ("updates on".into(), &*student.model, true),
             ("updates off".into(), &*student.model, false),

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::kernels::{Pool, Random};
 use crate::ttt::tests::decoder::{tensors, Tensors};
-use crate::ttt::{TttConfig, TttStart, TttTarget};
+use crate::ttt::{Forgetting, TttConfig, TttStart, TttTarget};
 
 /// Hidden states of each part of a text, read one after another.
 fn alone(model: &Model, pool: &Pool, text: &[u32], parts: &[usize]) -> Vec<f32> {
@@ -103,13 +103,18 @@ fn a_quantised_student_learns_the_same_bits_however_its_text_is_cut() {
     let pool = Pool::new(3, 0);
     let mut random = Random::new(4);
     // 80 tokens are two blocks ahead of the edge and a half at it; 32 are one, and 7 a part of one.
-    for (chunk, format) in [
-        (80, WeightFormat::Q8),
-        (80, WeightFormat::Q4),
-        (32, WeightFormat::Q8),
-        (7, WeightFormat::Q8),
+    let nothing = Forgetting::Nothing;
+    for (chunk, format, forgets) in [
+        (80, WeightFormat::Q8, nothing),
+        (80, WeightFormat::Q8, Forgetting::Decay(0.8)),
+        (80, WeightFormat::Q8, Forgetting::Delta(1.0)),
+        (80, WeightFormat::Q4, nothing),
+        (32, WeightFormat::Q8, nothing),
+        (7, WeightFormat::Q8, nothing),
+        (7, WeightFormat::Q8, Forgetting::Delta(1.0)),
     ] {
-        let model = learner(chunk, TttTarget::HiddenStates).packed(format);
+        let mut model = learner(chunk, TttTarget::HiddenStates).packed(format);
+        model.config.ttt.as_mut().unwrap().forgets = forgets;
         let ids: Vec<u32> = (0..300).map(|_| 3 + random.below(200) as u32).collect();
         let read = |calls: &[usize]| {
             let mut sequence = model.sequence(8, true);
@@ -137,7 +142,7 @@ fn a_quantised_student_learns_the_same_bits_however_its_text_is_cut() {
             let (got, sequence) = read(&calls);
             assert!(
                 got == want,
-                "chunks of {chunk}, {format:?}, calls of {calls:?}"
+                "chunks of {chunk}, {format:?}, {forgets:?}, calls of {calls:?}"
             );
             for (layer, fast) in &whole.fast.layers {
                 let other = &sequence.fast.layers[layer];
@@ -162,7 +167,13 @@ fn a_quantised_student_that_has_learned_is_off_by_the_rounding_of_its_format() {
         let rows: Vec<usize> = (32..ids.len()).collect();
         (model.logits(&pool, &hidden, &rows), sequence.fast.drift())
     };
-    for (format, most) in [(WeightFormat::Q8, 0.03), (WeightFormat::Q4, 0.06)] {
+    for (format, most, forgets) in [
+        (WeightFormat::Q8, 0.03, Forgetting::Nothing),
+        (WeightFormat::Q4, 0.06, Forgetting::Nothing),
+        (WeightFormat::Q8, 0.03, Forgetting::Decay(0.9)),
+        (WeightFormat::Q8, 0.03, Forgetting::Delta(1.0)),
+    ] {
+        plain.config.ttt.as_mut().unwrap().forgets = forgets;
         let packed = plain.clone().packed(format);
         let mut exact = packed.unpacked();
         // What is learned is added to the trained numbers, not to their rounding.
@@ -182,11 +193,11 @@ fn a_quantised_student_that_has_learned_is_off_by_the_rounding_of_its_format() {
         // Relative RMS of a logit: 8-bit rows alone cost the first, the weight packed anew at each edge and 8-bit outer products the rest.
         assert!(
             with <= most,
-            "{format:?}: {with}, {without} without learning"
+            "{format:?}, {forgets:?}: {with}, {without} without learning"
         );
         assert!(
             with <= 2.0 * without,
-            "{format:?}: {with}, {without} without learning"
+            "{format:?}, {forgets:?}: {with}, {without} without learning"
         );
     }
 }

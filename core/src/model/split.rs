@@ -13,7 +13,7 @@ use super::serve::{shared, Stretch};
 use super::{Config, FastWeights, Model, ModelError, Sequence};
 use crate::kernels::Pool;
 use crate::threads::SignalsBlocked;
-use crate::ttt::{FastWeight, TttConfig, TttLayer};
+use crate::ttt::{FastWeight, Forgetting, TttConfig, TttLayer};
 
 /// Tokens of a worker in a wave, about: enough for tiles of its own, few enough for activations of some 20 MB.
 const SPAN_ROWS: usize = 1024;
@@ -55,11 +55,14 @@ impl Model {
             let rows = wave.start - from..wave.end - from;
             let (ids, x) = (&ids[rows.clone()], &mut x[rows.start * d..rows.end * d]);
             let spans = spans(&self.config, learning.as_deref(), pools.len(), wave);
-            // A cache that has forgotten its beginning and learning that is switched off are not worth workers of their own, and a
-            // gradient is there only behind its chunk.
+            // A cache that has forgotten its beginning and learning that is switched off are not worth workers of their own, a gradient
+            // is there only behind its chunk, and where a rule forgets, sums of what chunks add are not all it does.
             let odd = sequence.kv.held() < sequence.kv.len()
                 || sequence.fast.off
-                || sequence.fast.gradient().is_some();
+                || sequence.fast.gradient().is_some()
+                || learning
+                    .as_ref()
+                    .is_some_and(|ttt| ttt.forgets != Forgetting::Nothing);
             if odd || spans.len() < 2 || !self.read_wave(pools, sequence, ids, x, &spans) {
                 let alone = self.step(&pools[0], &mut [(sequence, ids)])?;
                 x.copy_from_slice(&alone);
@@ -430,6 +433,12 @@ mod tests {
     fn a_split_prompt_of_several_waves_and_one_whose_targets_are_embeddings_equal_the_whole_one() {
         let embeddings = student(TttTarget::InputEmbed);
         check(&embeddings, 3, 7, 120, true, 2e-4);
+        // Rules that forget are read by one worker.
+        for forgets in [Forgetting::Decay(0.7), Forgetting::Delta(1.0)] {
+            let mut model = student(TttTarget::HiddenStates);
+            model.config.ttt.as_mut().unwrap().forgets = forgets;
+            check(&model, 3, 7, 120, true, 1e-5);
+        }
         let mut model = student(TttTarget::HiddenStates);
         // Less to add up: errors of rounding grow with the text.
         model.config.ttt.as_mut().unwrap().lr = 0.02;

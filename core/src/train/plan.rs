@@ -6,7 +6,7 @@ use super::TrainError;
 use crate::kernels::features;
 use crate::model::{Compute, Config, LayerParam, ParamId, TrainId, LINEARS};
 use crate::policy::RecipeKnobs;
-use crate::ttt::{TttConfig, TttStart};
+use crate::ttt::{Forgetting, TttConfig, TttStart, MOST_DELTA};
 
 /// Which tensors move.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,6 +79,12 @@ pub struct TttPlan {
     /// Share of the job behind which the layers begin to learn; up to there it is that of a plain student.
     #[serde(default)]
     pub from: f64,
+    /// [`Forgetting::Decay`] with this γ.
+    #[serde(default)]
+    pub decay: Option<f64>,
+    /// [`Forgetting::Delta`] with this β, without a decay.
+    #[serde(default)]
+    pub delta: Option<f64>,
 }
 
 impl TttPlan {
@@ -88,6 +94,11 @@ impl TttPlan {
             layers: (0..num_hidden_layers as u16).step_by(self.every).collect(),
             chunk_len: self.chunk_len,
             lr: self.lr as f32,
+            forgets: match (self.decay, self.delta) {
+                (Some(decay), _) => Forgetting::Decay(decay as f32),
+                (None, Some(delta)) => Forgetting::Delta(delta as f32),
+                (None, None) => Forgetting::Nothing,
+            },
             ..TttConfig::default()
         }
     }
@@ -103,6 +114,10 @@ impl TttPlan {
                 )))
             }
         };
+        if knobs.ttt_decay.is_some() && knobs.ttt_delta.is_some() {
+            let why = "ttt_decay and ttt_delta: a layer forgets in one way";
+            return Err(TrainError::Plan(why.into()));
+        }
         Ok(Some(Self {
             start,
             every: knobs.ttt_every.unwrap_or(6).max(1),
@@ -117,6 +132,8 @@ impl TttPlan {
                 })
                 .clamp(1e-7, 1e-1),
             from: knobs.ttt_from.unwrap_or(0.0).clamp(0.0, 0.9),
+            decay: knobs.ttt_decay.map(|kept| kept.clamp(0.0, 1.0)),
+            delta: (knobs.ttt_delta).map(|strength| strength.clamp(0.0, MOST_DELTA.into())),
         }))
     }
 }

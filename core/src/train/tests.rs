@@ -316,6 +316,8 @@ fn until_layers_begin_to_learn_a_training_is_that_of_a_plain_student() {
             lr: 1.0,
             rate: 1e-2,
             from,
+            decay: None,
+            delta: None,
         });
         let model = match &ttt {
             None => plain(),

@@ -8,6 +8,9 @@ use crate::kernels::{PackedQ8, Random};
 /// Deviation of the published initial `ttt_proj`: the usual `initializer_range`.
 pub const PROJ_DEVIATION: f64 = 0.02;
 
+/// Largest strength of a delta rule: far beyond what any text was seen to bear.
+pub const MOST_DELTA: f32 = 16.0;
+
 /// Settings of all TTT layers of a student.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TttConfig {
@@ -24,6 +27,8 @@ pub struct TttConfig {
     /// `ttt_target`.
     pub target: TttTarget,
     pub mode: TttMode,
+    /// `ttt_decay` or `ttt_delta`. Not in the authors' configs.
+    pub forgets: Forgetting,
     /// Largest drift before a layer begins again; `None` only to compare with code that has no cap. Not in the authors' configs.
     pub max_drift: Option<f32>,
 }
@@ -46,6 +51,19 @@ pub enum TttMode {
     /// `W ← W − η ∂loss/∂W`, whose gradient the caller brings at the edge ([`FastWeight::descend`](super::FastWeight::descend)):
     /// chunk-wise dynamic evaluation, with `config.json` saying `"ttt_mode": "gradient"`.
     Gradient,
+}
+
+/// How a fast weight loses what it wrote earlier in the sequence, with `D = W − W₀`. The published rule loses nothing, so `D` only grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Forgetting {
+    #[default]
+    Nothing,
+    /// γ, from 0 to 1: `D ← γ (D + η vᵀz)`, so that what was written n edges ago counts γⁿ. With a gradient, `D ← γ (D − η ∂loss/∂W)`.
+    Decay(f32),
+    /// β, the strength of a delta rule: `D ← D + Σ (η v − β/c · D z / ‖z‖²) zᵀ` over the chunk's tokens, `D` being the chunk's own on the
+    /// right. What is read again is written over instead of added to: the chunk's mean of `zzᵀ/‖z‖²` has a trace of 1, so up to β = 1
+    /// no direction is more than forgotten. More than that is not safe by itself; the cap on drift holds.
+    Delta(f32),
 }
 
 /// Values with which the filter and the projection of a layer begin; with either the student is exactly its base.
@@ -71,6 +89,7 @@ impl Default for TttConfig {
             proj: true,
             target: TttTarget::HiddenStates,
             mode: TttMode::InPlace,
+            forgets: Forgetting::Nothing,
             max_drift: Some(0.1),
         }
     }
@@ -97,8 +116,8 @@ impl TttConfig {
     /// Layers that the model does not have are left out, for the authors' configs list one such.
     ///
     /// # Errors
-    /// [`TttError::Config`] names the field: a chunk of zero, a step size that is not finite, an unknown target, or a list in which
-    /// no layer exists.
+    /// [`TttError::Config`] names the field: a chunk of zero, a step size that is not finite, an unknown target, a list in which no
+    /// layer exists, or two ways to forget.
     pub fn from_json(raw: &Value, num_hidden_layers: usize) -> Result<Option<Self>, TttError> {
         let wrong = |field, found: &Value| TttError::Config {
             field,
@@ -151,6 +170,18 @@ impl TttConfig {
         if let Some(value) = raw.get("ttt_lr").filter(|v| !v.is_null()) {
             config.lr = value.as_f64().ok_or_else(|| wrong("ttt_lr", value))? as f32;
         }
+        let number = |field: &'static str| match raw.get(field).filter(|v| !v.is_null()) {
+            None => Ok(None),
+            Some(value) => value.as_f64().map(Some).ok_or_else(|| wrong(field, value)),
+        };
+        config.forgets = match (number("ttt_decay")?, number("ttt_delta")?) {
+            (None, None) => Forgetting::Nothing,
+            (Some(decay), None) => Forgetting::Decay(decay as f32),
+            (None, Some(delta)) => Forgetting::Delta(delta as f32),
+            (Some(_), Some(_)) => {
+                return Err(wrong("ttt_delta beside ttt_decay", &raw["ttt_delta"]))
+            }
+        };
         if let Some(value) = raw.get("ttt_target").filter(|v| !v.is_null()) {
             config.target = match value.as_str() {
                 Some("hidden_states") => TttTarget::HiddenStates,
@@ -182,9 +213,29 @@ impl TttConfig {
         if self.kernel_size.is_multiple_of(2) {
             return wrong("the number of taps", self.kernel_size.to_string());
         }
+        match self.forgets {
+            Forgetting::Decay(kept) if !(0.0..=1.0).contains(&kept) => {
+                return wrong("ttt_decay", kept.to_string());
+            }
+            // A gradient has no targets to correct.
+            Forgetting::Delta(strength)
+                if !(0.0..=MOST_DELTA).contains(&strength) || self.mode == TttMode::Gradient =>
+            {
+                return wrong("ttt_delta", strength.to_string());
+            }
+            _ => {}
+        }
         match self.max_drift {
             Some(cap) if cap.is_nan() || cap <= 0.0 => wrong("the cap on drift", cap.to_string()),
             _ => Ok(()),
+        }
+    }
+
+    /// `β/(η c)`, of the delta rule if that is the rule: what a target loses of what is answered already, before division by `‖z‖²`.
+    pub(super) fn delta_rate(&self) -> Option<f32> {
+        match self.forgets {
+            Forgetting::Delta(strength) => Some(strength / (self.lr * self.chunk_len as f32)),
+            Forgetting::Nothing | Forgetting::Decay(_) => None,
         }
     }
 
@@ -199,17 +250,23 @@ impl TttConfig {
             TttMode::Gradient => "gradient".into(),
         };
         // By way of its shortest text: 0.3 is not to become 0.30000001192092896.
-        let lr: f64 = self.lr.to_string().parse().expect("a float prints as one");
+        let number = |x: f32| -> f64 { x.to_string().parse().expect("a float prints as one") };
+        let forgets = match self.forgets {
+            Forgetting::Nothing => None,
+            Forgetting::Decay(kept) => Some(("ttt_decay", number(kept).into())),
+            Forgetting::Delta(strength) => Some(("ttt_delta", number(strength).into())),
+        };
         [
             ("ttt_mode", mode),
             ("ttt_layers", self.layers.clone().into()),
             ("ttt_proj", self.proj.into()),
-            ("ttt_lr", lr.into()),
+            ("ttt_lr", number(self.lr).into()),
             ("ttt_chunk", self.chunk_len.into()),
             ("ttt_target", target.into()),
         ]
-        .map(|(field, value): (&str, Value)| (field.to_string(), value))
         .into_iter()
+        .chain(forgets)
+        .map(|(field, value): (&str, Value)| (field.to_string(), value))
         .collect()
     }
 

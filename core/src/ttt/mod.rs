@@ -24,6 +24,9 @@
 //! The change of the weight since the start of the sequence, `drift = ‖W − W₀‖ / ‖W₀‖` (Frobenius), is measured after each update.
 //! Past a cap, or when it is no number, the layer begins again from `W₀` and the [`Update`] says so.
 //!
+//! Beside the published rule a student may be trained, and is then served, with one that forgets ([`Forgetting`]): a decay of `W − W₀`
+//! at each edge, or a delta rule, which takes from each target what the weight answers already.
+//!
 //! # What differs from the authors' code
 //!
 //! - Any number of sequences side by side, each with its own [`FastWeight`]; their incremental code is right for one row only.
@@ -42,7 +45,9 @@ mod rule;
 mod state;
 mod training;
 
-pub use config::{TttConfig, TttLayer, TttMode, TttStart, TttTarget, PROJ_DEVIATION};
+pub use config::{
+    Forgetting, TttConfig, TttLayer, TttMode, TttStart, TttTarget, MOST_DELTA, PROJ_DEVIATION,
+};
 pub use rule::down;
 pub use state::{forward_rows, Chunk, FastFormat, FastWeight, StartWeight, Update};
 pub use training::{backward, forward, TttGrad};

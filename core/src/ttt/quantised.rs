@@ -3,7 +3,9 @@
 //! Rows are taken in blocks of 32, all but the last of a chunk ahead of its edge where there is time. Both the blocks and the order
 //! of the sums are fixed by positions, so the weight does not depend, to the bit, on what was done when.
 
+use super::rule::decay_part;
 use super::state::StartWeight;
+use super::{Forgetting, TttConfig};
 use crate::kernels::{squared_distance, OuterQ8, PackedQ8, Pool, SharedMut, PANEL_ROWS};
 
 /// Rows that are quantised together.
@@ -95,17 +97,18 @@ impl Terms {
         self.panels += count;
     }
 
-    /// Ends the chunk: what is not yet in the coming weight is added, and the whole packed. `now` is what the panels without the first
+    /// Ends the chunk: what is not yet in the coming weight is added, the sum decayed where the rule does, and the whole packed. `now` is what the panels without the first
     /// blocks begin from; without it they stand in `coming`. Returns the distance from the trained weight.
     pub fn finish(
         &mut self,
         pool: Option<&Pool>,
         start: &StartWeight,
-        lr: f32,
+        config: &TttConfig,
         (now, coming): (Option<&[f32]>, &mut [f32]),
         packed: &mut PackedQ8,
     ) -> f64 {
         let (_, f) = start.shape();
+        let lr = config.lr;
         let done = self.panels * PANEL_ROWS;
         let squares = packed.refill(pool, coming, |rows, to| {
             let here = rows.start * f..rows.end * f;
@@ -116,6 +119,9 @@ impl Terms {
                 OuterQ8::add_all_to([&self.first, &self.last], rows, lr, to);
             } else {
                 self.last.add_to(rows, lr, to);
+            }
+            if let Forgetting::Decay(kept) = config.forgets {
+                decay_part(&start.weight()[here.clone()], kept, to);
             }
             squared_distance(to, &start.weight()[here])
         });

@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use super::TttLayer;
-use crate::kernels::{add_product, axpy, matmul, matmul_nt_small, Mat, MatMut, Pool, SharedMut};
+use crate::kernels::{
+    add_product, axpy, dot, matmul, matmul_nt_small, Mat, MatMut, Pool, SharedMut,
+};
 
 /// Rows up to which a product is memory-bound and read row by row, as in the model's own products.
 const SMALL_ROWS: usize = 6;
@@ -185,6 +187,61 @@ pub(super) fn add_scaled(pool: Option<&Pool>, step: &[f32], scale: f32, w: &mut 
         let w = unsafe { shared.slice(from, n) };
         axpy(scale, &step[from..from + n], w);
     });
+}
+
+/// `w − start`, of matrices of one shape.
+pub(super) fn change(pool: Option<&Pool>, w: &[f32], start: &[f32]) -> Vec<f32> {
+    let mut change = w.to_vec();
+    add_scaled(pool, start, -1.0, &mut change);
+    change
+}
+
+/// The delta rule's part of the targets of some rows ([`Forgetting::Delta`](super::Forgetting::Delta)): `v −= κ D z` with
+/// `κ = rate / ‖z‖²` and `rate = β / (η c)`. Shapes: change D (d, f), z (n, f), v (n, d). A row of zeros has no direction to correct.
+pub(super) fn correct(
+    pool: Option<&Pool>,
+    change: &[f32],
+    rate: f32,
+    z: &[f32],
+    (d, f): (usize, usize),
+    v: &mut [f32],
+) {
+    let mut answered = vec![0.0; v.len()];
+    down(pool, z, change, (d, f), &mut answered);
+    let rows = v.chunks_exact_mut(d).zip(answered.chunks_exact(d));
+    for ((v, answered), z) in rows.zip(z.chunks_exact(f)) {
+        axpy(-kappa(rate, z), answered, v);
+    }
+}
+
+/// `rate / ‖z‖²`; 0 for a row of zeros.
+pub(super) fn kappa(rate: f32, z: &[f32]) -> f32 {
+    match dot(z, z) {
+        0.0 => 0.0,
+        square => rate / square,
+    }
+}
+
+/// `w ← start + kept · (w − start)`.
+pub(super) fn decay(pool: Option<&Pool>, start: &[f32], kept: f32, w: &mut [f32]) {
+    assert_eq!(start.len(), w.len());
+    let piece = pieces(pool, w.len());
+    let shared = SharedMut::new(w);
+    run(pool, shared.len().div_ceil(piece), |part| {
+        let from = part * piece;
+        let n = piece.min(shared.len() - from);
+        // SAFETY: each part has numbers of its own.
+        decay_part(&start[from..from + n], kept, unsafe {
+            shared.slice(from, n)
+        });
+    });
+}
+
+/// [`decay`] of a part of a matrix, on one thread.
+pub(super) fn decay_part(start: &[f32], kept: f32, w: &mut [f32]) {
+    for (w, start) in w.iter_mut().zip(start) {
+        *w = start + kept * (*w - start);
+    }
 }
 
 /// `‖w − start‖`, Frobenius.

@@ -1,10 +1,11 @@
 //! The fast weight of one layer in one sequence: what it is now, what waits for the chunk's edge, and where the sequence stands.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::quantised::{first_rows, Terms, BLOCK_ROWS};
-use super::rule::{add_outer, add_scaled, distance, down, is_zero, target};
-use super::{TttConfig, TttError, TttLayer, TttMode};
+use super::rule::{add_outer, add_scaled, change, correct, decay, distance, down, is_zero, target};
+use super::{Forgetting, TttConfig, TttError, TttLayer, TttMode};
 use crate::kernels::{PackedQ8, Pool, PANEL_ROWS};
 
 /// The trained down-projection that the sequences of a student begin with (d, f), and its norm, taken once.
@@ -373,7 +374,7 @@ impl FastWeight {
         if rows.is_empty() || config.lr == 0.0 {
             return 0;
         }
-        let v = target(pool, layer, &self.u, rows.clone(), d);
+        let v = self.targets(pool, config, layer, (&self.z, &self.u), rows.clone());
         if self.start.format == FastFormat::Q8 {
             let z = self.z.clone();
             self.fill(
@@ -444,6 +445,7 @@ impl FastWeight {
                 -config.lr,
                 Arc::make_mut(&mut self.w).as_mut_slice(),
             );
+            self.decay(pool, config);
             self.pack(pool);
         }
         self.judge(config, self.distance(pool))
@@ -505,7 +507,7 @@ impl FastWeight {
         let done = std::mem::take(&mut self.rows_ahead);
         let v = match config.lr {
             0.0 => Vec::new(),
-            _ => target(pool, layer, u, done..config.chunk_len, d),
+            _ => self.targets(pool, config, layer, (z, u), done..config.chunk_len),
         };
         if self.start.format == FastFormat::Q8 && config.lr != 0.0 {
             self.fill(pool, config, done, &v, &z[done * f..]);
@@ -520,7 +522,40 @@ impl FastWeight {
             let w = Arc::make_mut(&mut self.w);
             add_outer(pool, (&v, &z[done * f..]), config.lr, (d, f), w);
         }
+        if config.lr != 0.0 {
+            self.decay(pool, config);
+        }
         self.judge(config, self.distance(pool))
+    }
+
+    /// The targets of some rows of the open chunk, whose first ones are z (n, f) and u (n, d): what the update adds of each, over η.
+    fn targets(
+        &self,
+        pool: Option<&Pool>,
+        config: &TttConfig,
+        layer: TttLayer,
+        (z, u): (&[f32], &[f32]),
+        rows: Range<usize>,
+    ) -> Vec<f32> {
+        let (d, f) = self.start.shape();
+        let mut v = target(pool, layer, u, rows.clone(), d);
+        if let (Some(rate), false) = (config.delta_rate(), self.is_start()) {
+            let change = change(pool, &self.w, &self.start.w);
+            let z = &z[rows.start * f..rows.end * f];
+            correct(pool, &change, rate, z, (d, f), &mut v);
+        }
+        v
+    }
+
+    /// What an edge takes from everything that was written so far, in rules that do.
+    fn decay(&mut self, pool: Option<&Pool>, config: &TttConfig) {
+        let Forgetting::Decay(kept) = config.forgets else {
+            return;
+        };
+        if !self.is_start() {
+            let w = Arc::make_mut(&mut self.w).as_mut_slice();
+            decay(pool, &self.start.w, kept, w);
+        }
     }
 
     /// Takes rows from row `from` of the chunk on into its terms.
@@ -541,6 +576,10 @@ impl FastWeight {
             // An untrained filter leaves the weight the student's own, not a copy of it.
             terms.clear();
             self.terms = Some(terms);
+            if matches!(config.forgets, Forgetting::Decay(_)) {
+                self.decay(pool, config);
+                self.pack(pool);
+            }
             return self.distance(pool);
         }
         let mut packed = self.room_to_pack();
@@ -559,7 +598,7 @@ impl FastWeight {
                 let apart = terms.finish(
                     pool,
                     &self.start,
-                    config.lr,
+                    config,
                     (Some(self.w.as_slice()), to),
                     room,
                 );
@@ -568,7 +607,7 @@ impl FastWeight {
             }
             None => {
                 let to = Arc::make_mut(&mut self.w).as_mut_slice();
-                terms.finish(pool, &self.start, config.lr, (None, to), room)
+                terms.finish(pool, &self.start, config, (None, to), room)
             }
         };
         self.packed = Some(packed);

@@ -242,6 +242,7 @@ class Locum:
         Options, all with defaults from the policy: `method` ("upper", "lora" or "full"), `tokens`, `max_seconds`, `epochs`,
         `lr`, `rank`, `alpha`, `upper_layers`, `batch_tokens`, `warmup_steps`, `weight_decay`, `patience`, `seed`, `compute`, `memory_mib`,
         `ttt` ("published" or "next_token": layers that learn while the student reads), `ttt_every`, `ttt_chunk`, `ttt_lr`, `ttt_rate`, `ttt_from`,
+        `ttt_decay`, `ttt_delta`,
         `continue_student` (True starts from the promoted student), `unfiltered` (True trains on everything, for comparison),
         `promote` ("auto", or "never": only stored).
         Raises `Busy` if one is running, `ModelError` if there is no base model.

@@ -12,7 +12,7 @@ use crate::model::{AdapterConfig, Compute, Grads, Lora, Model, ParamId, Tape, Tr
 use crate::train::{
     fit_on, Flow, Method, Progress, Sample, TrainError, TrainPlan, Trained, TttPlan,
 };
-use crate::ttt::{TttConfig, TttStart, TttTarget};
+use crate::ttt::{Forgetting, TttConfig, TttStart, TttTarget};
 
 /// A batch: sequences, and rows with labels and weights.
 struct Batch {
@@ -280,13 +280,17 @@ fn gradients_through_layers_that_learn_are_those_of_the_authors_code() {
 }
 
 #[test]
-fn what_learns_from_embeddings_is_refused() {
+fn what_learns_from_embeddings_or_forgets_is_refused() {
     let Some(card) = card() else { return };
-    let model = learner("qwen3_embed_noproj_lr0p3");
-    match CardTraining::begin(&card, &model, None, &moving(&model, None), 0) {
-        Err(DeviceError::Refused(why)) => assert!(why.contains("input_embed"), "{why}"),
-        Err(other) => panic!("{other}"),
-        Ok(_) => panic!("it was begun"),
+    let embedded = learner("qwen3_embed_noproj_lr0p3");
+    let mut forgets = student();
+    forgets.config.ttt.as_mut().unwrap().forgets = Forgetting::Decay(0.9);
+    for (model, field) in [(embedded, "input_embed"), (forgets, "ttt_decay")] {
+        match CardTraining::begin(&card, &model, None, &moving(&model, None), 0) {
+            Err(DeviceError::Refused(why)) => assert!(why.contains(field), "{why}"),
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("it was begun"),
+        }
     }
 }
 
@@ -393,6 +397,8 @@ fn student_plan(method: Method) -> TrainPlan {
         lr: 2.0,
         rate: 2e-2,
         from: 0.2,
+        decay: None,
+        delta: None,
     };
     TrainPlan {
         ttt: Some(ttt),

@@ -4,9 +4,17 @@ use serde_json::json;
 
 use crate::kernels::{Pool, Random};
 use crate::ttt::{
-    self, Chunk, FastWeight, StartWeight, TttConfig, TttError, TttGrad, TttLayer, TttMode,
-    TttTarget,
+    self, Chunk, FastWeight, Forgetting, StartWeight, TttConfig, TttError, TttGrad, TttLayer,
+    TttMode, TttTarget,
 };
+
+/// The published rule and those that forget.
+const RULES: [Forgetting; 4] = [
+    Forgetting::Nothing,
+    Forgetting::Decay(0.7),
+    Forgetting::Delta(0.8),
+    Forgetting::Delta(3.0),
+];
 
 /// Numbers of one layer and one sequence.
 #[derive(Clone)]
@@ -82,7 +90,8 @@ impl Layer {
         y
     }
 
-    /// `y_n = W₀ z_n + η Σ v_m ⟨z_m, z_n⟩` over the tokens m of earlier chunks.
+    /// `y_n = W₀ z_n + η Σ γᵉ v_m ⟨z_m, z_n⟩` over the tokens m of earlier chunks, with e edges since m, and with
+    /// `v_m − β/(η c) Σ v_l ⟨z_l, z_m⟩/‖z_m‖²` over the tokens l of chunks before m's in the place of v_m under a delta rule.
     fn slow(&self) -> Vec<f64> {
         let (d, f, c, t) = (self.d, self.f, self.config.chunk_len, self.len());
         let k = self.config.kernel_size;
@@ -107,6 +116,23 @@ impl Layer {
                 };
             }
         }
+        let near = |m: usize, n: usize| -> f64 {
+            let pairs = (0..f).map(|i| at(&self.z, m * f + i) * at(&self.z, n * f + i));
+            pairs.sum()
+        };
+        let (decay, delta) = match self.config.forgets {
+            Forgetting::Nothing => (1.0, 0.0),
+            Forgetting::Decay(kept) => (f64::from(kept), 0.0),
+            Forgetting::Delta(strength) => (1.0, f64::from(strength)),
+        };
+        for m in 0..t {
+            for l in 0..m / c * c {
+                let share = delta / c as f64 * near(l, m) / near(m, m);
+                for o in 0..d {
+                    v[m * d + o] -= share * v[l * d + o];
+                }
+            }
+        }
         let mut y = vec![0f64; t * d];
         for n in 0..t {
             for o in 0..d {
@@ -115,11 +141,9 @@ impl Layer {
                     .sum();
             }
             for m in 0..n / c * c {
-                let dot: f64 = (0..f)
-                    .map(|i| at(&self.z, m * f + i) * at(&self.z, n * f + i))
-                    .sum();
+                let left = decay.powi((n / c - m / c) as i32) * near(m, n);
                 for o in 0..d {
-                    y[n * d + o] += f64::from(self.config.lr) * v[m * d + o] * dot;
+                    y[n * d + o] += f64::from(self.config.lr) * v[m * d + o] * left;
                 }
             }
         }
@@ -147,19 +171,64 @@ fn whole_sequences_agree_with_the_rule_written_as_attention() {
         (16, 24, 8, 64, true),
         (20, 33, 2, 13, false),
     ] {
-        let layer = Layer::new(d, f, c, t, proj);
-        let want: Vec<f32> = layer.slow().iter().map(|y| *y as f32).collect();
-        close("whole", &layer.whole(), &want, 1e-5);
-        close("calls", &layer.read(&mut layer.fast(), 0, t), &want, 1e-5);
+        let mut layer = Layer::new(d, f, c, t, proj);
+        for rule in RULES {
+            layer.config.forgets = rule;
+            let want: Vec<f32> = layer.slow().iter().map(|y| *y as f32).collect();
+            close("whole", &layer.whole(), &want, 1e-5);
+            close("calls", &layer.read(&mut layer.fast(), 0, t), &want, 1e-5);
+        }
     }
 }
 
 #[test]
+fn a_decay_of_1_and_a_delta_of_0_are_the_published_rule_and_one_of_0_never_learned() {
+    let mut layer = Layer::new(12, 20, 5, 43, true);
+    let published = layer.whole();
+    layer.config.forgets = Forgetting::Delta(0.0);
+    assert_eq!(layer.whole(), published);
+    layer.config.forgets = Forgetting::Decay(1.0);
+    close("decay of 1", &layer.whole(), &published, 1e-6);
+    layer.config.forgets = Forgetting::Decay(0.0);
+    let mut fast = layer.fast();
+    layer.read(&mut fast, 0, 43);
+    assert_eq!((fast.drift(), fast.weight()), (0.0, &layer.w[..]));
+}
+
+#[test]
+fn what_is_read_again_is_written_over_by_a_delta_rule_and_piles_up_without() {
+    let mut layer = Layer::new(6, 9, 4, 4, true);
+    // The same direction in every row, and every chunk the same.
+    let row = layer.z[..9].to_vec();
+    layer.z = row.repeat(40);
+    layer.u = layer.u.repeat(10);
+    layer.config.lr = 0.01;
+    let drift = |forgets| {
+        let mut layer = layer.clone();
+        layer.config.forgets = forgets;
+        let mut fast = layer.fast();
+        let edges = (0..10).map(|i| {
+            layer.read(&mut fast, 4 * i, 4 * i + 4);
+            fast.drift()
+        });
+        edges.collect::<Vec<f32>>()
+    };
+    let (sum, delta) = (drift(Forgetting::Nothing), drift(Forgetting::Delta(1.0)));
+    assert!((sum[9] / sum[0] - 10.0).abs() < 1e-3, "{sum:?}");
+    // All of a chunk's rows share one direction, so a strength of 1 forgets all of it.
+    assert!((delta[9] / delta[0] - 1.0).abs() < 1e-3, "{delta:?}");
+    // The sum of 1 + 1/2 + 1/4 and so on, less what the last edge took.
+    let decay = drift(Forgetting::Decay(0.5));
+    assert!((decay[9] / sum[0] - 1.0).abs() < 2e-3, "{decay:?}");
+}
+
+#[test]
 fn any_way_of_cutting_a_sequence_into_calls_gives_the_same_answers() {
-    let layer = Layer::new(12, 20, 5, 43, true);
-    let whole = layer.whole();
+    let mut layer = Layer::new(12, 20, 5, 43, true);
     let mut random = Random::new(7);
-    for _ in 0..50 {
+    for turn in 0..60 {
+        layer.config.forgets = RULES[turn % RULES.len()];
+        let whole = layer.whole();
         let (mut fast, mut got, mut at) = (layer.fast(), Vec::new(), 0);
         while at < 43 {
             let to = (at + random.below(14)).min(43);
@@ -383,16 +452,27 @@ fn in_the_gradient_mode_the_caller_steps_at_the_edge_under_the_same_cap() {
     };
     let update = fast.descend(None, &capped, &dw);
     assert!(update.tripped && fast.is_start());
+    // A decay works here too: half of the step is left behind its edge.
+    let decays = TttConfig {
+        forgets: Forgetting::Decay(0.5),
+        ..config.clone()
+    };
+    fast.descend(None, &decays, &dw);
+    for (now, start) in fast.weight().iter().zip(&layer.w) {
+        assert!((now - start + config.lr * 0.25).abs() < 1e-6);
+    }
 }
 
 #[test]
 fn gradients_agree_with_finite_differences_of_the_rule_written_as_attention() {
-    for (d, f, c, t, proj) in [
+    let shapes = [
         (5, 7, 4, 14, true),
         (6, 4, 3, 12, false),
         (3, 5, 8, 6, true),
-    ] {
-        let layer = Layer::new(d, f, c, t, proj);
+    ];
+    for (rule, (d, f, c, t, proj)) in RULES.into_iter().flat_map(|r| shapes.map(|s| (r, s))) {
+        let mut layer = Layer::new(d, f, c, t, proj);
+        layer.config.forgets = rule;
         let mut random = Random::new(3);
         let dy: Vec<f32> = (0..t * d).map(|_| random.normal() as f32).collect();
         let loss = |layer: &Layer| -> f64 {
@@ -438,7 +518,7 @@ fn gradients_agree_with_finite_differences_of_the_rule_written_as_attention() {
                 let near = (f64::from(*grad) - want).abs() <= 1e-4 * (1.0 + want.abs());
                 assert!(
                     near,
-                    "d{name}[{i}], {t} tokens in chunks of {c}: {grad} instead of {want}"
+                    "d{name}[{i}], {t} tokens in chunks of {c}, {rule:?}: {grad} instead of {want}"
                 );
             }
         }
@@ -492,6 +572,28 @@ fn configs_are_read_written_and_refused_by_field() {
     let gradient = TttConfig::gradient(36, 64, 0.05);
     let again = serde_json::Value::Object(gradient.to_json());
     assert_eq!(TttConfig::from_json(&again, 36).unwrap(), Some(gradient));
+    for (field, value, forgets) in [
+        ("ttt_decay", 0.9, Forgetting::Decay(0.9)),
+        ("ttt_delta", 2.0, Forgetting::Delta(2.0)),
+    ] {
+        let mut raw = raw.clone();
+        raw[field] = json!(value);
+        let config = TttConfig::from_json(&raw, 36).unwrap().unwrap();
+        assert_eq!(config.forgets, forgets);
+        let again = serde_json::Value::Object(config.to_json());
+        assert_eq!(again[field], json!(value));
+        assert_eq!(TttConfig::from_json(&again, 36).unwrap(), Some(config));
+        raw["ttt_delta"] = json!(1);
+        raw["ttt_decay"] = json!(1);
+        let both = TttConfig::from_json(&raw, 36).unwrap_err();
+        assert!(
+            both.to_string().contains("ttt_delta beside ttt_decay"),
+            "{both}"
+        );
+    }
+    let delta = json!({"ttt_mode": "gradient", "ttt_delta": 1.0});
+    let refused = TttConfig::from_json(&delta, 36).unwrap_err();
+    assert!(refused.to_string().contains("ttt_delta"), "{refused}");
     let short = serde_json::json!({"ttt_mode": "gradient"});
     let read = TttConfig::from_json(&short, 10).unwrap().unwrap();
     assert_eq!((read.layers, read.mode), (vec![7, 8, 9], TttMode::Gradient));
@@ -509,6 +611,10 @@ fn configs_are_read_written_and_refused_by_field() {
         ("ttt_lr", json!("fast")),
         ("ttt_lr", json!(1e300)),
         ("ttt_target", json!("next_token")),
+        ("ttt_decay", json!(1.5)),
+        ("ttt_decay", json!("slow")),
+        ("ttt_delta", json!(-1)),
+        ("ttt_delta", json!(17)),
         ("ttt_layers", json!([4])),
         ("ttt_layers", json!(["0"])),
         ("ttt_layers", json!(0)),
