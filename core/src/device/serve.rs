@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::table::{self, Learned, Part, Shape, Tensor};
 use super::{called, Card, DeviceError};
 use crate::model::{Architecture, ChunkLosses, LayerParam, Model, ParamId};
-use crate::ttt::{TttMode, TttTarget, Update};
+use crate::ttt::{Forgetting, TttMode, TttTarget, Update};
 
 /// A model's weights on a card.
 pub struct CardModel {
@@ -20,6 +20,8 @@ pub struct CardModel {
     learning: Vec<u16>,
     chunk_len: usize,
     lr: f32,
+    /// They learn by a rule that the card does not know.
+    forgets: bool,
 }
 
 // SAFETY: the engine's thread alone calls through it, and whoever drops it last does so once.
@@ -138,6 +140,7 @@ impl Card {
             learning: ttt.map_or(Vec::new(), |ttt| ttt.layers.clone()),
             chunk_len: ttt.map_or(0, |ttt| ttt.chunk_len),
             lr: ttt.map_or(0.0, |ttt| ttt.lr),
+            forgets: ttt.is_some_and(|ttt| ttt.forgets != Forgetting::Nothing),
         }))
     }
 }
@@ -153,13 +156,17 @@ impl CardModel {
     /// An empty sequence with room for `capacity` tokens; with `learning`, the model's layers that learn do while it is read.
     ///
     /// # Errors
-    /// [`DeviceError::Memory`].
+    /// [`DeviceError::Memory`]; [`DeviceError::Refused`] where it is to learn by a rule that forgets.
     pub fn sequence(
         self: &Arc<Self>,
         capacity: usize,
         learning: bool,
     ) -> Result<CardSequence, DeviceError> {
         let learning = learning && !self.learning.is_empty();
+        if learning && self.forgets {
+            let why = "layers with ttt_decay or ttt_delta learn on the processor only";
+            return Err(DeviceError::Refused(why.into()));
+        }
         let mut at = std::ptr::null_mut();
         // SAFETY: the model is loaded.
         called(|trouble| unsafe {

@@ -25,6 +25,7 @@ use crate::policy::{DatasetInfo, GateInfo, Policy, RecipeKnobs, Settings};
 use crate::registry::{Manifest, Registry};
 use crate::store::{Query, Store};
 use crate::train::{self, CurvePoint, Flow, TrainError, TrainPlan};
+use crate::ttt::Forgetting;
 use crate::view::View;
 
 /// Held-out steps asked for the offline verdict; more would only keep the verdict waiting.
@@ -411,8 +412,13 @@ fn plan(
     let recipe = context.policy.recipe(&info).unwrap_or_default();
     let knobs = merge(&order.knobs, &recipe);
     let mut plan = TrainPlan::from_knobs(config, data.train_tokens(), &knobs)?;
-    // A card is faster in bf16, whatever the processor is.
-    let exact = context.weights == WeightFormat::F32;
+    // A card is faster in bf16, whatever the processor is; layers that forget are trained on the processor.
+    let exact = context.weights == WeightFormat::F32
+        || match (&config.ttt, &plan.ttt) {
+            (Some(ttt), _) => ttt.forgets != Forgetting::Nothing,
+            (None, Some(ttt)) => ttt.decay.or(ttt.delta).is_some(),
+            (None, None) => false,
+        };
     if knobs.compute.is_none() && !exact && context.engine.device().card().is_some() {
         plan.compute = Compute::Bf16;
     }
@@ -424,6 +430,14 @@ fn merge(first: &RecipeKnobs, second: &RecipeKnobs) -> RecipeKnobs {
     let text = |k: &RecipeKnobs| serde_json::to_value(k).expect("knobs print");
     let (mut merged, own) = (text(second), text(first));
     if let (Value::Object(merged), Value::Object(own)) = (&mut merged, own) {
+        // One choice in two knobs.
+        let forgets = ["ttt_decay", "ttt_delta"];
+        if forgets
+            .iter()
+            .any(|key| own.get(*key).is_some_and(|v| !v.is_null()))
+        {
+            forgets.iter().for_each(|key| drop(merged.remove(*key)));
+        }
         for (key, value) in own {
             if !value.is_null() {
                 merged.insert(key, value);
@@ -578,5 +592,25 @@ mod tests {
         assert_eq!(few(&long, &data, 5, usize::MAX, 5).len(), 5);
         assert_eq!(few(&long[..3], &data, 5, usize::MAX, 5).len(), 3);
         assert!(few(&[], &data, 5, 5, 5).is_empty());
+    }
+
+    #[test]
+    fn a_callers_knobs_go_before_the_policys_and_one_way_to_forget_before_the_other() {
+        let policy = RecipeKnobs {
+            lr: Some(1e-3),
+            rank: Some(8),
+            ttt_decay: Some(0.9),
+            ..RecipeKnobs::default()
+        };
+        let caller = RecipeKnobs {
+            rank: Some(16),
+            ttt_delta: Some(1.0),
+            ..RecipeKnobs::default()
+        };
+        let merged = merge(&caller, &policy);
+        assert_eq!((merged.lr, merged.rank), (Some(1e-3), Some(16)));
+        assert_eq!((merged.ttt_decay, merged.ttt_delta), (None, Some(1.0)));
+        let merged = merge(&RecipeKnobs::default(), &policy);
+        assert_eq!(merged, policy);
     }
 }

@@ -241,7 +241,7 @@ impl Cards {
         let otherwise =
             |ttt: &TttConfig| ttt.mode == TttMode::Gradient || ttt.forgets != Forgetting::Nothing;
         let able = !(learning && model.config.ttt.as_ref().is_some_and(otherwise));
-        if let Some(on) = self.model(model).filter(|_| able) {
+        if let Some(on) = able.then(|| self.model(model)).flatten() {
             match on.sequence(capacity, learning) {
                 Ok(sequence) => return Seat::Card(sequence),
                 Err(why) => self.failed(&why),

@@ -4,7 +4,7 @@ use serde_json::{json, Value};
 
 use super::ModelError;
 use crate::kernels::AttentionShape;
-use crate::ttt::{TttConfig, TttError};
+use crate::ttt::TttConfig;
 
 /// Dimensions and constants of a decoder, named as in Hugging Face configs.
 #[derive(Clone, Debug, PartialEq)]
@@ -136,10 +136,7 @@ impl Config {
         let rope_scaling =
             rope_scaling(parameters.or_else(|| raw.get("rope_scaling").filter(|v| v.is_object())))?;
         let num_hidden_layers = need("num_hidden_layers", 1, 512)?;
-        let ttt = TttConfig::from_json(raw, num_hidden_layers).map_err(|e| match e {
-            TttError::Config { field, found } => ModelError::Config { field, found },
-            other => ModelError::Unsupported(other.to_string()),
-        })?;
+        let ttt = TttConfig::from_json(raw, num_hidden_layers)?;
         Ok(Self {
             architecture,
             vocab_size: need("vocab_size", 1, 1 << 20)?,

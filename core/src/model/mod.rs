@@ -44,7 +44,7 @@ pub use weights::{
 };
 
 use crate::kernels::{Random, RopeTable};
-use crate::ttt::{StartWeight, TttConfig, TttMode, TttStart};
+use crate::ttt::{StartWeight, TttConfig, TttError, TttMode, TttStart};
 
 /// What can be wrong with a model's files or with a call to it.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +74,15 @@ pub enum ModelError {
     /// Padding is text like any other to layers that learn from what they read.
     #[error("the text begins with token {token}, which is padding: rows of any length go side by side without it")]
     Padded { token: u32 },
+}
+
+impl From<TttError> for ModelError {
+    fn from(error: TttError) -> Self {
+        match error {
+            TttError::Config { field, found } => Self::Config { field, found },
+            other => Self::Unsupported(other.to_string()),
+        }
+    }
 }
 
 impl ModelError {
@@ -148,6 +157,10 @@ impl Model {
     pub fn save(&self, dir: &Path, dtype: FileDtype) -> Result<(), ModelError> {
         self.check_plain()?;
         let mut raw = self.config.raw.clone();
+        // A job may have changed the step.
+        if let Some(ttt) = &self.config.ttt {
+            ttt.write_to(&mut raw);
+        }
         let name = match dtype {
             FileDtype::F32 => "float32",
             FileDtype::Bf16 => "bfloat16",
@@ -212,10 +225,9 @@ impl Model {
             let why = "the next token as a target needs a projection and a filter that looks ahead";
             return Err(ModelError::Unsupported(why.into()));
         }
+        ttt.check()?;
         let mut raw = self.config.raw.clone();
-        if let Some(fields) = raw.as_object_mut() {
-            fields.extend(ttt.to_json());
-        }
+        ttt.write_to(&mut raw);
         // As if read from the file, so that what is saved can be read again; the cap is not in the file.
         let mut config = Config::from_json(&raw)?;
         if let Some(read) = &mut config.ttt {

@@ -16,9 +16,7 @@ use crate::kernels::{
     add, add_in_place, attention, attention_of_rows, rms_norm, rope, swiglu_in_place, Pool,
     SharedMut, Span,
 };
-use crate::ttt::{
-    Chunk, FastWeight, StartWeight, TttConfig, TttError, TttLayer, TttMode, TttTarget,
-};
+use crate::ttt::{Chunk, FastWeight, StartWeight, TttConfig, TttLayer, TttMode, TttTarget};
 
 /// Rows from which on a batch is cut into tiles: below, a tile would stream the weights for too few rows.
 const MIN_TILED_ROWS: usize = 25;
@@ -106,10 +104,7 @@ impl Model {
         config: &TttConfig,
     ) -> Result<Sequence, ModelError> {
         let wrong = |field, found| ModelError::Config { field, found };
-        config.check().map_err(|error| match error {
-            TttError::Config { field, found } => wrong(field, found),
-            other => wrong("ttt", other.to_string()),
-        })?;
+        config.check()?;
         if config.mode != TttMode::Gradient {
             return Err(wrong("ttt_mode", format!("{:?}", config.mode)));
         }

@@ -102,7 +102,7 @@ pub(super) fn learner(chunk_len: usize, target: TttTarget) -> Model {
 fn a_quantised_student_learns_the_same_bits_however_its_text_is_cut() {
     let pool = Pool::new(3, 0);
     let mut random = Random::new(4);
-    // 80 tokens are two blocks ahead of the edge and a half at it; 32 are one, and 7 a part of one.
+    // 80 tokens are two blocks ahead of the edge and a half at it, of 70 are 6 at it; 32 are one, and 7 a part of one.
     let nothing = Forgetting::Nothing;
     for (chunk, format, forgets) in [
         (80, WeightFormat::Q8, nothing),
@@ -112,6 +112,7 @@ fn a_quantised_student_learns_the_same_bits_however_its_text_is_cut() {
         (32, WeightFormat::Q8, nothing),
         (7, WeightFormat::Q8, nothing),
         (7, WeightFormat::Q8, Forgetting::Delta(1.0)),
+        (70, WeightFormat::Q8, Forgetting::Delta(1.0)),
     ] {
         let mut model = learner(chunk, TttTarget::HiddenStates).packed(format);
         model.config.ttt.as_mut().unwrap().forgets = forgets;
@@ -462,6 +463,46 @@ fn layers_that_learn_are_added_without_changing_the_model_and_survive_a_file() {
         let loaded = Model::load(again.path()).unwrap();
         assert_eq!(loaded.config.ttt, model.config.ttt);
         assert_eq!(loaded.weights.params, model.weights.params);
+    }
+}
+
+#[test]
+fn what_is_saved_is_what_was_changed_since_it_was_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = learner(16, TttTarget::HiddenStates);
+    for (lr, forgets) in [
+        (0.15, Forgetting::Decay(0.9)),
+        (0.075, Forgetting::Delta(1.0)),
+        (0.3, Forgetting::Nothing),
+    ] {
+        let ttt = model.config.ttt.as_mut().unwrap();
+        (ttt.lr, ttt.forgets) = (lr, forgets);
+        model.save(dir.path(), FileDtype::F32).unwrap();
+        model = Model::load(dir.path()).unwrap();
+        let read = model.config.ttt.as_ref().unwrap();
+        assert_eq!((read.lr, read.forgets), (lr, forgets));
+    }
+}
+
+#[test]
+fn layers_that_are_added_take_nothing_over_from_a_config_that_had_none() {
+    let dir = tempfile::tempdir().unwrap();
+    write_tiny(dir.path(), 3).unwrap();
+    let file = dir.path().join("config.json");
+    let mut raw: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    raw["ttt_layers"] = serde_json::json!([]);
+    raw["ttt_decay"] = serde_json::json!(0.5);
+    std::fs::write(&file, raw.to_string()).unwrap();
+    for forgets in [Forgetting::Nothing, Forgetting::Delta(1.0)] {
+        let ttt = TttConfig {
+            layers: vec![0],
+            forgets,
+            ..TttConfig::default()
+        };
+        let model = Model::load(dir.path()).unwrap();
+        let model = model.with_ttt(ttt, TttStart::Published, &mut Random::new(5));
+        assert_eq!(model.unwrap().config.ttt.unwrap().forgets, forgets);
     }
 }
 

@@ -3,6 +3,7 @@
 //! A prompt is read in waves, and each worker takes a span of a wave's tokens through all layers. In a layer it needs two things of the
 //! workers before it, and of nobody else: the keys and values of their tokens, and the sum of what their tokens make a layer learn,
 //! which depends on no weight (In-Place TTT, arXiv:2604.06169, section 3.3) and so can be sent before it is known what it is added to.
+//! (A rule that forgets is not such a sum: it is read by one worker.)
 //! A worker here is a pool of threads and keys are sent by writing them where all read them; one with a memory of its own would be sent
 //! the rows instead.
 

@@ -53,7 +53,8 @@ pub enum TttMode {
     Gradient,
 }
 
-/// How a fast weight loses what it wrote earlier in the sequence, with `D = W − W₀`. The published rule loses nothing, so `D` only grows.
+/// How a fast weight loses what it wrote earlier in the sequence, with `D = W − W₀`. The published rule takes nothing from `D` again.
+/// Where the step η is 0, nothing is written and nothing is lost; a smaller step writes less and loses as much.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Forgetting {
     #[default]
@@ -236,6 +237,16 @@ impl TttConfig {
         match self.forgets {
             Forgetting::Delta(strength) => Some(strength / (self.lr * self.chunk_len as f32)),
             Forgetting::Nothing | Forgetting::Decay(_) => None,
+        }
+    }
+
+    /// Puts the fields into a `config.json` in the place of all that it says of learning while reading.
+    pub(crate) fn write_to(&self, config: &mut Value) {
+        if let Some(fields) = config.as_object_mut() {
+            for optional in ["ttt_decay", "ttt_delta"] {
+                fields.remove(optional);
+            }
+            fields.extend(self.to_json());
         }
     }
 

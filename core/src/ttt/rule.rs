@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::quantised::BLOCK_ROWS;
 use super::TttLayer;
 use crate::kernels::{
     add_product, axpy, dot, matmul, matmul_nt_small, Mat, MatMut, Pool, SharedMut,
@@ -198,6 +199,9 @@ pub(super) fn change(pool: Option<&Pool>, w: &[f32], start: &[f32]) -> Vec<f32> 
 
 /// The delta rule's part of the targets of some rows ([`Forgetting::Delta`](super::Forgetting::Delta)): `v −= κ D z` with
 /// `κ = rate / ‖z‖²` and `rate = β / (η c)`. Shapes: change D (d, f), z (n, f), v (n, d). A row of zeros has no direction to correct.
+///
+/// In blocks, so that rows taken block by block have the numbers, to the bit, of all at once: which product is used, and with it the
+/// order of its sums, depends on the number of rows.
 pub(super) fn correct(
     pool: Option<&Pool>,
     change: &[f32],
@@ -206,19 +210,24 @@ pub(super) fn correct(
     (d, f): (usize, usize),
     v: &mut [f32],
 ) {
-    let mut answered = vec![0.0; v.len()];
-    down(pool, z, change, (d, f), &mut answered);
-    let rows = v.chunks_exact_mut(d).zip(answered.chunks_exact(d));
-    for ((v, answered), z) in rows.zip(z.chunks_exact(f)) {
-        axpy(-kappa(rate, z), answered, v);
+    let mut answered = vec![0.0; v.len().min(BLOCK_ROWS * d)];
+    for (z, v) in z.chunks(BLOCK_ROWS * f).zip(v.chunks_mut(BLOCK_ROWS * d)) {
+        let answered = &mut answered[..v.len()];
+        down(pool, z, change, (d, f), answered);
+        let rows = v.chunks_exact_mut(d).zip(answered.chunks_exact(d));
+        for ((v, answered), z) in rows.zip(z.chunks_exact(f)) {
+            axpy(-kappa(rate, z), answered, v);
+        }
     }
 }
 
-/// `rate / ‖z‖²`; 0 for a row of zeros.
+/// `rate / ‖z‖²`; 0 for a row of zeros, and for one so small, or a step η so small, that this is no number.
 pub(super) fn kappa(rate: f32, z: &[f32]) -> f32 {
-    match dot(z, z) {
-        0.0 => 0.0,
-        square => rate / square,
+    let kappa = rate / dot(z, z);
+    if kappa.is_finite() {
+        kappa
+    } else {
+        0.0
     }
 }
 

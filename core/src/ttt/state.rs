@@ -102,7 +102,7 @@ pub struct Update {
 ///
 /// Memory with d 576, f 1536, c 256: 3.5 MB once the first update is made, 2.2 MB for what waits, and another 3.5 MB while work is done
 /// ahead. Before the first update the weight is the student's own. In [`FastFormat::Q8`] there are 0.9 MB more for the weight in 8 bits and
-/// 1.1 MB for the rows of a chunk.
+/// 1.1 MB for the rows of a chunk. A delta rule takes 3.5 MB for as long as a call works ahead or makes an update.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -445,6 +445,8 @@ impl FastWeight {
                 -config.lr,
                 Arc::make_mut(&mut self.w).as_mut_slice(),
             );
+        }
+        if config.lr != 0.0 {
             self.decay(pool, config);
             self.pack(pool);
         }
@@ -682,7 +684,7 @@ impl FastWeight {
     /// read; see [`Self::later`].
     ///
     /// # Panics
-    /// If the lengths do not fit, or in [`TttMode::Gradient`].
+    /// If the lengths do not fit, in [`TttMode::Gradient`], or under a rule that forgets.
     pub fn sum_of(
         &self,
         pool: Option<&Pool>,
@@ -694,6 +696,10 @@ impl FastWeight {
         assert!(
             config.mode == TttMode::InPlace,
             "gradients depend on the weight"
+        );
+        assert!(
+            config.forgets == Forgetting::Nothing,
+            "what is forgotten depends on the weight"
         );
         let (d, f) = self.start.shape();
         let (c, n) = (config.chunk_len, u.len() / d);

@@ -22,7 +22,7 @@ pub struct TttGrad<'a> {
 }
 
 /// A sequence from its first token to its last, without a cap: what [`FastWeight`](super::FastWeight) computes call by call. Shapes: w (d, f) at
-/// the start, z (t, f), u (t, d), y (t, d). Holds one more (d, f) if there is more than one chunk.
+/// the start, z (t, f), u (t, d), y (t, d). Holds one more (d, f) if there is more than one chunk, and with a delta rule two.
 ///
 /// # Panics
 /// If the lengths do not fit.
@@ -59,7 +59,7 @@ pub fn forward(
 ///           dzₙ += Dᵢᵀ rₙ − 2 sₙ qₙ/‖zₙ‖        Gᵢ += rᵢᵀ zᵢ        dW₀ = Σ dyᵢᵀ zᵢ
 /// ```
 ///
-/// Walks forward once for the `Wᵢ` and backward once for the `Gᵢ`: two (d, f) and the targets (t, d) at a time; four with a delta rule,
+/// Walks forward once for the `Wᵢ` and backward once for the `Gᵢ`: two (d, f) and the targets (t, d) at a time; three with a delta rule,
 /// which finds each `Wᵢ` again by taking back what its chunk added. `dW₀` is that of a plain down-projection; everything else reaches
 /// only as far as a later chunk reads, so a sequence of one chunk moves neither filter nor projection.
 ///
@@ -87,7 +87,7 @@ pub fn backward(
         mut dconv,
         mut dproj,
     } = grad;
-    let (targets, mut now) = whole.walk(pool, config, layer, w, |from, to, w| {
+    let (targets, last) = whole.walk(pool, config, layer, w, |from, to, w| {
         let (dy, w) = (
             Mat::new(&dy[from * d..to * d], to - from, d),
             Mat::new(w, d, f),
@@ -96,6 +96,9 @@ pub fn backward(
         matmul(pool, dy, w, 1.0, true, dz);
     });
     let forgets = config.forgets != Forgetting::Nothing;
+    // Targets of zeros are corrected too once they move, so their gradients meet the correction before there is anything to correct.
+    let delta = config.delta_rate().filter(|_| config.lr != 0.0);
+    let mut delta = delta.map(|rate| (rate, last.unwrap_or_else(|| w.to_vec())));
     let mut g = vec![0.0; d * f];
     for (from, to) in whole.chunks().rev() {
         let n = to - from;
@@ -121,10 +124,10 @@ pub fn backward(
                 to_dv,
             );
             // The first chunk met the trained weight, which answers nothing of its own.
-            if let (Some(rate), Some(now), true) = (config.delta_rate(), &mut now, from > 0) {
+            if let (Some((rate, now)), true) = (&mut delta, from > 0) {
                 add_outer(pool, (v, z), -config.lr, (d, f), now);
                 let change = change(pool, now, w);
-                answered = Some(correct_backward(pool, &change, rate, (z, &dv), (d, f), dz));
+                answered = Some(correct_backward(pool, &change, *rate, (z, &dv), (d, f), dz));
             }
             if let Some(proj) = layer.proj {
                 if let Some(dproj) = dproj.as_deref_mut() {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use locum_core::kernels::Random;
 use locum_core::model::{LayerParam, Model, ParamId, Sequence};
-use locum_core::ttt::{TttConfig, TttStart};
+use locum_core::ttt::{Forgetting, TttConfig, TttStart};
 
 use crate::fail::Fail;
 
@@ -14,12 +14,13 @@ const EVERY: usize = 6;
 const DEVIATION: f64 = 0.02;
 
 /// The model with learning layers that were never trained, but do write: what they write is noise, and costs as much as sense.
-pub fn student(model: Model) -> Result<Model, Fail> {
+pub fn student(model: Model, forgets: Forgetting) -> Result<Model, Fail> {
     let layers = (0..model.config.num_hidden_layers).step_by(EVERY);
     let config = TttConfig {
         layers: layers.map(|layer| layer as u16).collect(),
         // A trip would take the student back to where it costs nothing.
         max_drift: None,
+        forgets,
         ..TttConfig::default()
     };
     let mut random = Random::new(11);

@@ -66,6 +66,12 @@ pub struct Args {
     /// Memory that `train` may take; with less, more is computed twice
     #[arg(long)]
     memory_mib: Option<usize>,
+    /// The layers of `ttt` keep this share of what was written at every edge
+    #[arg(long, value_name = "SHARE")]
+    decay: Option<f32>,
+    /// The layers of `ttt` learn by a delta rule of this strength
+    #[arg(long, value_name = "STRENGTH", conflicts_with = "decay")]
+    delta: Option<f32>,
     /// Show the history of `step` as turns of the chat, so that a step reads what is new alone
     #[arg(long)]
     turns: bool,

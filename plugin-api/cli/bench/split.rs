@@ -6,6 +6,7 @@ use std::time::Instant;
 use locum_core::kernels::Pool;
 use locum_core::model::{Model, WeightFormat};
 use locum_core::report::machine;
+use locum_core::ttt::Forgetting;
 use serde_json::{json, Value};
 
 use super::learner::{must_have_learned, student};
@@ -40,7 +41,7 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
         .unwrap_or(super::Weights::Q8)
         .into();
     // Longer than the model was made for: what it says there means nothing, and takes as long.
-    let model = student(model)?.packed(format);
+    let model = student(model, Forgetting::Nothing)?.packed(format);
     let model = model.with_positions(most);
     let threads = args.threads();
     let alone = Pool::new(threads, 0);

@@ -6,6 +6,7 @@ use std::time::Instant;
 use locum_core::kernels::Pool;
 use locum_core::model::{Model, Sequence};
 use locum_core::report::machine;
+use locum_core::ttt::Forgetting;
 use serde_json::{json, Value};
 
 use super::learner::{must_have_learned, student};
@@ -23,7 +24,12 @@ const BEFORE: usize = 384;
 
 pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let Loaded { model, name, .. } = args.load(place)?;
-    let model = student(model)?;
+    let forgets = match (args.decay, args.delta) {
+        (Some(kept), _) => Forgetting::Decay(kept),
+        (None, Some(strength)) => Forgetting::Delta(strength),
+        (None, None) => Forgetting::Nothing,
+    };
+    let model = student(model, forgets)?;
     let chunk = model.config.ttt.as_ref().map_or(1, |ttt| ttt.chunk_len);
     // Half a chunk past the last edge, for some updates are made a token late.
     let tokens = args.tokens().unwrap_or(TOKENS) / chunk * chunk;
@@ -84,9 +90,14 @@ pub fn run(args: &Args, place: &Place, out: &Out) -> Result<(), Fail> {
     let machine = machine();
     out.table(&table);
     out.line(&format!(
-        "{name}; {} of {} layers learn, chunks of {chunk}; {} threads on {}; on and off in turn, medians of {}",
+        "{name}; {} of {} layers learn, chunks of {chunk}{}; {} threads on {}; on and off in turn, medians of {}",
         model.config.ttt.as_ref().map_or(0, |ttt| ttt.layers.len()),
         model.config.num_hidden_layers,
+        match forgets {
+            Forgetting::Nothing => String::new(),
+            Forgetting::Decay(kept) => format!(", a decay of {kept}"),
+            Forgetting::Delta(strength) => format!(", a delta rule of {strength}"),
+        },
         pool.threads(),
         machine.processor,
         args.runs.max(1),

@@ -470,9 +470,17 @@ fn gradients_agree_with_finite_differences_of_the_rule_written_as_attention() {
         (6, 4, 3, 12, false),
         (3, 5, 8, 6, true),
     ];
-    for (rule, (d, f, c, t, proj)) in RULES.into_iter().flat_map(|r| shapes.map(|s| (r, s))) {
+    let cases = RULES
+        .into_iter()
+        .flat_map(|r| shapes.map(|s| (r, s, false)));
+    // A filter that writes nothing yet, as every training begins.
+    let begins = RULES.map(|rule| (rule, (5, 7, 4, 18, true), true));
+    for (rule, (d, f, c, t, proj), begins) in cases.chain(begins) {
         let mut layer = Layer::new(d, f, c, t, proj);
         layer.config.forgets = rule;
+        if begins {
+            layer.conv.fill(0.0);
+        }
         let mut random = Random::new(3);
         let dy: Vec<f32> = (0..t * d).map(|_| random.normal() as f32).collect();
         let loss = |layer: &Layer| -> f64 {
