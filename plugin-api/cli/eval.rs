@@ -43,6 +43,9 @@ pub struct Ttt {
     /// Read also under a delta rule of each of these strengths
     #[arg(long, value_delimiter = ',', value_name = "STRENGTHS")]
     delta: Vec<f32>,
+    /// Leave the base model out, whose reading takes as long as any other
+    #[arg(long)]
+    without_base: bool,
     /// Held-out episodes at most; 0 takes all
     #[arg(long, default_value_t = 0, value_name = "N")]
     episodes: usize,
@@ -110,6 +113,7 @@ fn compare(args: &Ttt, place: &Place, out: &Out) -> Result<Comparison, Fail> {
         student: args.student,
         plain: args.plain,
         control: args.control,
+        without_base: args.without_base,
         scales: args.scales.clone(),
         forgets: (args.decay.iter().map(|kept| Forgetting::Decay(*kept)))
             .chain(

@@ -125,9 +125,18 @@ fn updates_are_compared_on_held_out_episodes_and_the_student_is_served_by_the_ve
         "cannot read",
     );
     let shown = world.run(&["eval", "ttt", "--episodes", "2", "--windows", "full"]);
-    assert!(
-        shown.stdout().contains("updates on less"),
-        "{}",
-        shown.stdout()
-    );
+    let said = shown.stdout();
+    assert!(said.contains("updates on less base"), "{said}");
+    let few = [
+        "eval",
+        "ttt",
+        "--without-base",
+        "--episodes",
+        "2",
+        "--windows",
+        "full",
+    ];
+    let said = world.run(&few).stdout();
+    assert!(said.contains("updates on less updates off"), "{said}");
+    assert!(!said.contains("base"), "{said}");
 }

@@ -28,6 +28,8 @@ pub struct TttOptions {
     pub scales: Vec<f32>,
     /// Rules that the student is read with as well as its own.
     pub forgets: Vec<Forgetting>,
+    /// The base is no reader, which saves its time.
+    pub without_base: bool,
     /// Step size of a control: the second student, or the base where there is none, under chunk-wise dynamic evaluation.
     pub control: Option<f32>,
     /// Held-out episodes at most; all of them if 0.
@@ -112,8 +114,10 @@ impl Locum {
         let mut variants: Variants = vec![
             ("updates on".into(), &*student.model, true),
             ("updates off".into(), &*student.model, false),
-            ("base".into(), &*base.student.model, false),
         ];
+        if !options.without_base {
+            variants.push(("base".into(), &*base.student.model, false));
+        }
         variants.extend(
             scaled
                 .iter()
