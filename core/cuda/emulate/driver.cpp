@@ -153,7 +153,8 @@ static const std::map<std::string, Kernel> kernels = {
     BOTH(gated_one), BOTH(gated_four), BOTH(cross_entropy),
     BOTH(swiglu_back), BOTH(head_dots), BOTH(rope_join), BOTH(adamw), BOTH(attend_dq1), BOTH(attend_dq2), BOTH(attend_dq4),
     BOTH(attend_dq8), BOTH(attend_dkv1), BOTH(attend_dkv2), BOTH(attend_dkv4), BOTH(attend_dkv8), K(met_rows), K(filter_chunk),
-    K(distance_parts), K(judge_drift), K(begin_again), K(rms_norm_back), K(add_rows), K(add_heads), K(embed_back), K(join_parts),
+    K(distance_parts), K(judge_drift), K(begin_again), K(learned_change), K(decay_weight), K(correct_rows), K(correct_rows_back),
+    K(rms_norm_back), K(add_rows), K(add_heads), K(embed_back), K(join_parts),
     K(filter_rows), K(filter_rows_back), K(filter_taps_back),
     TILES(attend_tile), TILES(attend_dq_tile), TILES(attend_dkv_tile)};
 

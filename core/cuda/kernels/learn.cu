@@ -101,7 +101,52 @@ extern "C" __global__ void begin_again(float *w, const float *start, u64 n, cons
   if (*flag && i < n) w[i] = start[i];
 }
 
+// What a weight has learned: out = w - start. Grid (ceil(n / 256)), 256 threads.
+extern "C" __global__ void learned_change(const float *w, const float *start, float *out, u64 n) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = w[i] - start[i];
+}
+
+// w = start + kept (w - start). Grid (ceil(n / 256)), 256 threads.
+extern "C" __global__ void decay_weight(float *w, const float *start, float kept, u64 n) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) w[i] = start[i] + kept * (w[i] - start[i]);
+}
+
+// rate / |z|^2 of a row of f numbers, the same in every thread; 0 where that is no number.
+static __device__ __forceinline__ float kappa_of(const float *z, int f, float rate, float *scratch, float *square) {
+  float sum = 0;
+  for (int i = threadIdx.x; i < f; i += blockDim.x) sum += z[i] * z[i];
+  *square = block_sum(sum, scratch);
+  float kappa = rate / *square;
+  return isinf(kappa) || isnan(kappa) ? 0 : kappa;
+}
+
+// The delta rule's part of targets: v (n, d) -= rate / |z|^2 answered (n, d), by rows z (n, f). Grid (n).
+extern "C" __global__ void correct_rows(float *v, const float *answered, const float *z, float rate, int d, int f) {
+  __shared__ float scratch[32];
+  size_t row = blockIdx.x;
+  float square, kappa = kappa_of(z + row * f, f, rate, scratch, &square);
+  for (int i = threadIdx.x; i < d; i += blockDim.x) v[row * d + i] -= kappa * answered[row * d + i];
+}
+
 // What follows trains: rows of all sequences at once.
+
+// Backward of correct_rows for dv (n, d): answered (n, d) becomes its own gradient r = -kappa dv, and dz (n, f) takes what passes through
+// |z|^2. Grid (n).
+extern "C" __global__ void correct_rows_back(const float *dv, float *answered, const float *z, float *dz, float rate, int d, int f) {
+  __shared__ float scratch[32];
+  size_t row = blockIdx.x;
+  float square, kappa = kappa_of(z + row * f, f, rate, scratch, &square), share = 0;
+  for (int i = threadIdx.x; i < d; i += blockDim.x) {
+    float r = -kappa * dv[row * d + i];
+    share += r * answered[row * d + i];
+    answered[row * d + i] = r;
+  }
+  share = block_sum(share, scratch);
+  if (kappa == 0) return;
+  for (int i = threadIdx.x; i < f; i += blockDim.x) dz[row * f + i] -= 2 * share / square * z[row * f + i];
+}
 
 // The chunk of a row: its first row and how many it has; none where no later chunk reads what it writes.
 struct Chunk {

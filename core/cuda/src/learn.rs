@@ -1,5 +1,5 @@
 //! Layers that learn while they are read (core/src/ttt): each run of tokens up to a chunk's edge meets its sequence's weight, then the
-//! weight is updated from the chunk, `W += lr · vᵀ z` with `v = conv(u) P`. All in `f32`, and nothing waits for the card until the
+//! weight is updated from the chunk, `W += lr · vᵀ z` with `v = conv(u) P`, by the rules that forget less what they forget. All in `f32`, and nothing waits for the card until the
 //! step ends: what is past the cap begins again by a flag on the card.
 
 use std::ops::Range;
@@ -391,6 +391,15 @@ fn update(
                 v
             }
         };
+        if let (Some(w), Some(rate)) = (&fast.w, m.delta_rate(lr)) {
+            let (change, answered) = (lane.buffer(n * 4)?, lane.buffer(c * m.d * 4)?);
+            launch!(lane, lane.kernel("learned_change", None), (n.div_ceil(256), 1, 1), 256, 0;
+                w.at, start.w.at, change.at, n as u64)?;
+            let (to, learned) = (mat(answered.at, m.d), mat(change.at, m.f).t());
+            lane.product(to, mat(z, m.f), learned, (c, m.d, m.f), 1.0, 0.0)?;
+            launch!(lane, lane.kernel("correct_rows", None), (c, 1, 1), 256, 0;
+                v.at, answered.at, z, rate, m.d as i32, m.f as i32)?;
+        }
         if fast.w.is_none() {
             let w = lane.buffer(n * 4)?;
             lane.copy(w.at, start.w.at, n * 4)?;
@@ -405,6 +414,10 @@ fn update(
                 lr,
                 1.0,
             )?;
+            if m.decay != 1.0 {
+                launch!(lane, lane.kernel("decay_weight", None), (n.div_ceil(256), 1, 1), 256, 0;
+                    w.at, start.w.at, m.decay, n as u64)?;
+            }
         }
     }
     let Some(w) = &fast.w else {

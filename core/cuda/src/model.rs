@@ -33,6 +33,8 @@ pub struct Dims {
     pub taps: usize,
     pub embedded_targets: bool,
     pub max_drift: f32,
+    pub decay: f32,
+    pub delta: f32,
 }
 
 impl Dims {
@@ -57,6 +59,8 @@ impl Dims {
             taps: shape.kernel_size as usize,
             embedded_targets: shape.embedded_targets != 0,
             max_drift: shape.max_drift,
+            decay: shape.decay,
+            delta: shape.delta,
         };
         let whole = dims.e.is_multiple_of(2) && dims.g > 0 && dims.h.is_multiple_of(dims.g);
         if !whole || dims.e > 256 || dims.d == 0 || dims.v == 0 || dims.f == 0 {
@@ -66,6 +70,12 @@ impl Dims {
             )));
         }
         Ok(dims)
+    }
+
+    /// `β/(η c)`, of the delta rule if that is the rule and there is a step.
+    pub fn delta_rate(&self, lr: f32) -> Option<f32> {
+        let rate = self.delta / (lr * self.chunk as f32);
+        (self.delta != 0.0 && lr != 0.0).then_some(rate)
     }
 
     pub fn qd(&self) -> usize {

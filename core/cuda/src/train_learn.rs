@@ -6,8 +6,10 @@
 //! dzᵢ = dyᵢ W₀ + dyᵢ Dᵢ + η vᵢ Gᵢ₊₁        dvᵢ = η zᵢ Gᵢ₊₁ᵀ        Gᵢ = Gᵢ₊₁ + dyᵢᵀ zᵢ
 //! ```
 //!
-//! The terms with `W₀` are those of a plain block, adapters included, and `dW₀ = G₀` is what a plain block adds up, so `train` makes
-//! them. What is here comes on top, in `f32`: one `D` and one `G` walk through one sequence after another, so memory does not grow with
+//! By a rule that forgets, `Dᵢ₊₁` and `Gᵢ₊₁` are multiplied by γ, or a chunk's v loses `κ Dᵢ zᵢ` and passes `r = -κ dv` on to `Dᵢ` and z
+//! (core/src/ttt/training.rs).
+//!
+//! The terms with `W₀` are those of a plain block, adapters included, and `dW₀` is what a plain block adds up, so `train` makes them. What is here comes on top, in `f32`: one `D` and one `G` walk through one sequence after another, so memory does not grow with
 //! chunks. An untrained filter has `D = 0`, and the numbers are those of the plain model.
 
 use std::ops::Range;
@@ -160,10 +162,18 @@ impl Training {
         // The last chunks write nothing that is read.
         lane.zero(dv.at, t * m.d * 4)?;
         let g = Mat::new(sum.at, m.f, Format::F32);
+        let delta = match m.delta_rate(walk.lr) {
+            Some(rate) => Some((rate, lane.buffer(m.d * m.f * 4)?)),
+            None => None,
+        };
+        let lr = walk.lr * m.decay;
         for chunks in &walk.sequences {
+            if let Some((_, room)) = &delta {
+                self.sum(walk, chunks, (v, seen.z), room)?;
+            }
             for (i, pair) in chunks.windows(2).rev().enumerate() {
                 let (chunk, later) = (&pair[0], &pair[1]);
-                let before = if i == 0 { 0.0 } else { 1.0 };
+                let before = if i == 0 { 0.0 } else { m.decay };
                 let (read, n) = (rows(seen.z, later, m.f), later.len());
                 lane.product(
                     g,
@@ -175,9 +185,22 @@ impl Training {
                 )?;
                 let (z, n) = (rows(seen.z, chunk, m.f), chunk.len());
                 let to = rows(dz, chunk, m.f);
-                lane.product(to, rows(v, chunk, m.d), g, (n, m.f, m.d), walk.lr, 1.0)?;
+                lane.product(to, rows(v, chunk, m.d), g, (n, m.f, m.d), lr, 1.0)?;
                 let to = rows(dv.at, chunk, m.d);
-                lane.product(to, z, g.t(), (n, m.d, m.f), walk.lr, 0.0)?;
+                lane.product(to, z, g.t(), (n, m.d, m.f), lr, 0.0)?;
+                // The first chunk met the trained weight, which answers nothing of its own.
+                if let (Some((rate, room)), true) = (&delta, i + 2 < chunks.len()) {
+                    let learned = Mat::new(room.at, m.f, Format::F32);
+                    let wrote = rows(v, chunk, m.d).t();
+                    lane.product(learned, wrote, z, (m.d, m.f, n), -walk.lr, 1.0)?;
+                    let r = self.answered(learned, z, n)?;
+                    let to = rows(dz, chunk, m.f);
+                    launch!(lane, lane.kernel("correct_rows_back", None), (n, 1, 1), 256, 0;
+                        rows(dv.at, chunk, m.d).at, r.at, z.at, to.at, *rate, m.d as i32, m.f as i32)?;
+                    let r = Mat::new(r.at, m.d, Format::F32);
+                    lane.product(to, r, learned, (n, m.f, m.d), 1.0, 1.0)?;
+                    lane.product(g, r.t(), z, (m.d, m.f, n), 1.0, 1.0)?;
+                }
             }
         }
         let mat = |at| Mat::new(at, m.d, Format::F32);
@@ -234,7 +257,8 @@ impl Training {
         Ok(Some(v))
     }
 
-    /// Calls `each` with every chunk that comes behind another one, and the `D` (d, f) that it meets.
+    /// Calls `each` with every chunk that comes behind another one, and the `D` (d, f) that it meets. A delta rule corrects the targets
+    /// v (t, d) where they lie.
     fn follow(
         &self,
         walk: &Walk,
@@ -247,17 +271,51 @@ impl Training {
         for chunks in &walk.sequences {
             for (i, pair) in chunks.windows(2).enumerate() {
                 let (chunk, later) = (&pair[0], &pair[1]);
-                let before = if i == 0 { 0.0 } else { 1.0 };
-                self.lane.product(
-                    learned,
-                    rows(v, chunk, m.d).t(),
-                    rows(z, chunk, m.f),
-                    (m.d, m.f, chunk.len()),
-                    walk.lr,
-                    before,
-                )?;
+                let (wrote, seen, n) = (rows(v, chunk, m.d), rows(z, chunk, m.f), chunk.len());
+                if let (Some(rate), true) = (m.delta_rate(walk.lr), i > 0) {
+                    let answered = self.answered(learned, seen, n)?;
+                    launch!(self.lane, self.lane.kernel("correct_rows", None), (n, 1, 1), 256, 0;
+                        wrote.at, answered.at, seen.at, rate, m.d as i32, m.f as i32)?;
+                }
+                let before = if i == 0 { 0.0 } else { m.decay };
+                let lr = walk.lr * m.decay;
+                self.lane
+                    .product(learned, wrote.t(), seen, (m.d, m.f, n), lr, before)?;
                 each(later, learned)?;
             }
+        }
+        Ok(())
+    }
+
+    /// `D z` (n, d) for n rows z (n, f).
+    fn answered(&self, learned: Mat, z: Mat, n: usize) -> Result<Buffer> {
+        let m = self.dims();
+        let answered = self.lane.buffer(n * m.d * 4)?;
+        let to = Mat::new(answered.at, m.d, Format::F32);
+        self.lane
+            .product(to, z, learned.t(), (n, m.d, m.f), 1.0, 0.0)?;
+        Ok(answered)
+    }
+
+    /// The `D` (d, f) that the last chunk of a sequence meets, of targets that are what was added.
+    fn sum(
+        &self,
+        walk: &Walk,
+        chunks: &[Range<usize>],
+        (v, z): (Address, Address),
+        room: &Buffer,
+    ) -> Result<()> {
+        let m = self.dims();
+        let learned = Mat::new(room.at, m.f, Format::F32);
+        let Some((_, written)) = chunks.split_last() else {
+            return Ok(());
+        };
+        for (i, chunk) in written.iter().enumerate() {
+            let (wrote, seen) = (rows(v, chunk, m.d).t(), rows(z, chunk, m.f));
+            let before = if i == 0 { 0.0 } else { 1.0 };
+            let shape = (m.d, m.f, chunk.len());
+            self.lane
+                .product(learned, wrote, seen, shape, walk.lr, before)?;
         }
         Ok(())
     }

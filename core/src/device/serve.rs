@@ -20,8 +20,6 @@ pub struct CardModel {
     learning: Vec<u16>,
     chunk_len: usize,
     lr: f32,
-    /// They learn by a rule that the card does not know.
-    forgets: bool,
 }
 
 // SAFETY: the engine's thread alone calls through it, and whoever drops it last does so once.
@@ -43,6 +41,11 @@ impl Packed {
         let ttt = c.ttt.as_ref().filter(|ttt| ttt.mode == TttMode::InPlace);
         let (cos, sin) = model.angles();
         let n = |x: usize| x as u32;
+        let (decay, delta) = match ttt.map_or(Forgetting::Nothing, |ttt| ttt.forgets) {
+            Forgetting::Nothing => (1.0, 0.0),
+            Forgetting::Decay(kept) => (kept, 0.0),
+            Forgetting::Delta(strength) => (1.0, strength),
+        };
         let shape = Shape {
             vocab_size: n(c.vocab_size),
             hidden_size: n(c.hidden_size),
@@ -61,6 +64,8 @@ impl Packed {
                 .is_some_and(|t| t.target == TttTarget::InputEmbed)
                 .into(),
             max_drift: ttt.and_then(|t| t.max_drift).unwrap_or(f32::INFINITY),
+            decay,
+            delta,
             positions: n(model.max_positions()),
             cos: cos.as_ptr(),
             sin: sin.as_ptr(),
@@ -140,7 +145,6 @@ impl Card {
             learning: ttt.map_or(Vec::new(), |ttt| ttt.layers.clone()),
             chunk_len: ttt.map_or(0, |ttt| ttt.chunk_len),
             lr: ttt.map_or(0.0, |ttt| ttt.lr),
-            forgets: ttt.is_some_and(|ttt| ttt.forgets != Forgetting::Nothing),
         }))
     }
 }
@@ -156,17 +160,13 @@ impl CardModel {
     /// An empty sequence with room for `capacity` tokens; with `learning`, the model's layers that learn do while it is read.
     ///
     /// # Errors
-    /// [`DeviceError::Memory`]; [`DeviceError::Refused`] where it is to learn by a rule that forgets.
+    /// [`DeviceError::Memory`].
     pub fn sequence(
         self: &Arc<Self>,
         capacity: usize,
         learning: bool,
     ) -> Result<CardSequence, DeviceError> {
         let learning = learning && !self.learning.is_empty();
-        if learning && self.forgets {
-            let why = "layers with ttt_decay or ttt_delta learn on the processor only";
-            return Err(DeviceError::Refused(why.into()));
-        }
         let mut at = std::ptr::null_mut();
         // SAFETY: the model is loaded.
         called(|trouble| unsafe {

@@ -112,6 +112,9 @@ pub struct Shape {
     pub kernel_size: u32,
     pub embedded_targets: u32,
     pub max_drift: f32,
+    /// How they forget (`ttt::Forgetting`): γ of a decay (1: none) and β of a delta rule (0: none).
+    pub decay: f32,
+    pub delta: f32,
     /// Positions in the tables of rotary angles.
     pub positions: u32,
     /// (positions, head_dim / 2) each.

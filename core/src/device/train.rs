@@ -7,7 +7,7 @@ use super::serve::{kind, place, Packed};
 use super::table::{self, Moves, Rate};
 use super::{called, Card, DeviceError};
 use crate::model::{Compute, HeadLoss, Lora, Model, TrainId};
-use crate::ttt::{Forgetting, TttConfig, TttTarget};
+use crate::ttt::TttTarget;
 
 /// Weights, moments and activations of one training on a card. Its calls wait until the card has done them.
 pub struct CardTraining {
@@ -64,11 +64,6 @@ impl CardTraining {
         let target = model.config.ttt.as_ref().map(|ttt| ttt.target);
         if target == Some(TttTarget::InputEmbed) {
             let why = "ttt_target input_embed can be served, not trained";
-            return Err(DeviceError::Refused(why.into()));
-        }
-        let forgets = |ttt: &TttConfig| ttt.forgets != Forgetting::Nothing;
-        if model.config.ttt.as_ref().is_some_and(forgets) {
-            let why = "layers with ttt_decay or ttt_delta learn on the processor only";
             return Err(DeviceError::Refused(why.into()));
         }
         let packed = Packed::new(model, model.compute == Compute::F32);

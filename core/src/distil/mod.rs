@@ -25,7 +25,6 @@ use crate::policy::{DatasetInfo, GateInfo, Policy, RecipeKnobs, Settings};
 use crate::registry::{Manifest, Registry};
 use crate::store::{Query, Store};
 use crate::train::{self, CurvePoint, Flow, TrainError, TrainPlan};
-use crate::ttt::Forgetting;
 use crate::view::View;
 
 /// Held-out steps asked for the offline verdict; more would only keep the verdict waiting.
@@ -412,13 +411,8 @@ fn plan(
     let recipe = context.policy.recipe(&info).unwrap_or_default();
     let knobs = merge(&order.knobs, &recipe);
     let mut plan = TrainPlan::from_knobs(config, data.train_tokens(), &knobs)?;
-    // A card is faster in bf16, whatever the processor is; layers that forget are trained on the processor.
-    let exact = context.weights == WeightFormat::F32
-        || match (&config.ttt, &plan.ttt) {
-            (Some(ttt), _) => ttt.forgets != Forgetting::Nothing,
-            (None, Some(ttt)) => ttt.decay.or(ttt.delta).is_some(),
-            (None, None) => false,
-        };
+    // A card is faster in bf16, whatever the processor is.
+    let exact = context.weights == WeightFormat::F32;
     if knobs.compute.is_none() && !exact && context.engine.device().card().is_some() {
         plan.compute = Compute::Bf16;
     }

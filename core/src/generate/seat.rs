@@ -7,7 +7,7 @@ use super::fast::{FastLayer, FastOrder, FastReport};
 use crate::device::{CardModel, CardSequence, Device, DeviceError};
 use crate::kernels::Pool;
 use crate::model::{ChunkLosses, Model, ModelError, Sequence};
-use crate::ttt::{Forgetting, TttConfig, TttMode, Update};
+use crate::ttt::{TttConfig, TttMode, Update};
 
 /// A sequence in progress.
 pub(super) enum Seat {
@@ -237,10 +237,8 @@ impl Cards {
 
     /// An empty sequence, on the card if it takes the model.
     pub fn sequence(&mut self, model: &Arc<Model>, capacity: usize, learning: bool) -> Seat {
-        // The card knows the published rule.
-        let otherwise =
-            |ttt: &TttConfig| ttt.mode == TttMode::Gradient || ttt.forgets != Forgetting::Nothing;
-        let able = !(learning && model.config.ttt.as_ref().is_some_and(otherwise));
+        let by_gradients = |ttt: &TttConfig| ttt.mode == TttMode::Gradient;
+        let able = !(learning && model.config.ttt.as_ref().is_some_and(by_gradients));
         if let Some(on) = able.then(|| self.model(model)).flatten() {
             match on.sequence(capacity, learning) {
                 Ok(sequence) => return Seat::Card(sequence),

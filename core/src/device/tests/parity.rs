@@ -4,6 +4,7 @@ use super::super::{Card, CardModel, CardSequence};
 use super::{apart, assert_close, card, fixtures, learner, reference, tokens, wide};
 use crate::kernels::Pool;
 use crate::model::{Model, Sequence, WeightFormat};
+use crate::ttt::Forgetting;
 use std::sync::Arc;
 
 /// `f32` on both sides: sums are made in another order.
@@ -71,6 +72,23 @@ fn logits_are_those_of_the_processor() {
             &parts,
             BF16,
         );
+    }
+}
+
+#[test]
+fn what_is_forgotten_is_what_the_processor_forgets() {
+    let Some(card) = card() else { return };
+    for name in ["qwen3_hidden_lr3", "qwen3_embed_noproj_lr0p3"] {
+        for forgets in [Forgetting::Decay(0.7), Forgetting::Delta(0.8)] {
+            let mut model = learner(name);
+            let ttt = model.config.ttt.as_mut().unwrap();
+            (ttt.forgets, ttt.lr) = (forgets, ttt.lr.min(0.3));
+            let ids = tokens(&model, 90, 6);
+            // Whole chunks and parts of some, a prompt and single tokens.
+            let parts: [&[u32]; 4] = [&ids[..37], &ids[37..38], &ids[38..41], &ids[41..]];
+            let on = card.load(&model).unwrap();
+            compare(&format!("{name}, {forgets:?}"), &model, &on, &parts, EXACT);
+        }
     }
 }
 
