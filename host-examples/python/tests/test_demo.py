@@ -123,9 +123,6 @@ class Lab:
     def load(self, task: str, variation: int, simplification: str, generateGoldPath: bool) -> None:
         assert generateGoldPath
 
-    def reset(self) -> tuple[str, dict[str, int]]:
-        return "Outside. You see:\n\tair\n\tan axe\n\tthe agent\n\tthe ground\n\tthe sink is open", {"score": 0}
-
     def get_task_description(self) -> str:
         return "Find out."
 
@@ -136,6 +133,8 @@ class Lab:
         return len(task)
 
     def step(self, command: str) -> tuple[str, int, bool, dict[str, int]]:
+        if command == "look around":
+            return "Outside. You see:\n\tair\n\tan axe\n\tthe agent\n\tthe ground\n\tthe sink is open", 0, False, {"score": 0}
         right = command == "focus on red box"
         return f"after {command}", 0, command.startswith("focus"), {"score": 100 * right}
 
