@@ -1,6 +1,6 @@
 //! Layers that learn while they are read (core/src/ttt): each run of tokens up to a chunk's edge meets its sequence's weight, then the
-//! weight is updated from the chunk, `W += lr · vᵀ z` with `v = conv(u) P`, by the rules that forget less what they forget. All in `f32`, and nothing waits for the card until the
-//! step ends: what is past the cap begins again by a flag on the card.
+//! weight is updated from the chunk, `W += lr · vᵀ z` with `v = conv(u) P`, by the rules that forget less what they forget. All in
+//! `f32`, and nothing waits for the card until the step ends: what is past the cap begins again by a flag on the card.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -9,7 +9,8 @@
 //! By a rule that forgets, `Dᵢ₊₁` and `Gᵢ₊₁` are multiplied by γ, or a chunk's v loses `κ Dᵢ zᵢ` and passes `r = -κ dv` on to `Dᵢ` and z
 //! (core/src/ttt/training.rs).
 //!
-//! The terms with `W₀` are those of a plain block, adapters included, and `dW₀` is what a plain block adds up, so `train` makes them. What is here comes on top, in `f32`: one `D` and one `G` walk through one sequence after another, so memory does not grow with
+//! The terms with `W₀` are those of a plain block, adapters included, and `dW₀` is what a plain block adds up, so `train` makes them.
+//! What is here comes on top, in `f32`: one `D` and one `G` walk through one sequence after another, so memory does not grow with
 //! chunks. An untrained filter has `D = 0`, and the numbers are those of the plain model.
 
 use std::ops::Range;

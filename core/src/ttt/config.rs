@@ -232,11 +232,13 @@ impl TttConfig {
         }
     }
 
-    /// `β/(η c)`, of the delta rule if that is the rule: what a target loses of what is answered already, before division by `‖z‖²`.
+    /// `β/(η c)`, of the delta rule if that is the rule and there is a step: what a target loses of what is answered already, before division by `‖z‖²`.
     pub(super) fn delta_rate(&self) -> Option<f32> {
         match self.forgets {
-            Forgetting::Delta(strength) => Some(strength / (self.lr * self.chunk_len as f32)),
-            Forgetting::Nothing | Forgetting::Decay(_) => None,
+            Forgetting::Delta(strength) if self.lr != 0.0 => {
+                Some(strength / (self.lr * self.chunk_len as f32))
+            }
+            _ => None,
         }
     }
 

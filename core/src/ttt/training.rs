@@ -97,8 +97,8 @@ pub fn backward(
     });
     let forgets = config.forgets != Forgetting::Nothing;
     // Targets of zeros are corrected too once they move, so their gradients meet the correction before there is anything to correct.
-    let delta = config.delta_rate().filter(|_| config.lr != 0.0);
-    let mut delta = delta.map(|rate| (rate, last.unwrap_or_else(|| w.to_vec())));
+    let rate = config.delta_rate();
+    let mut delta = rate.map(|rate| (rate, last.unwrap_or_else(|| w.to_vec())));
     let mut g = vec![0.0; d * f];
     for (from, to) in whole.chunks().rev() {
         let n = to - from;
